@@ -1,0 +1,261 @@
+"""One pydantic model per YAML section. Unknown keys are errors; every field states its unit or source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Layout(Section):
+    """How the model is spread over ranks. Data parallelism is what the world size leaves over."""
+
+    tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer's matrices and the vocabulary")
+    pipeline_parallel: int = Field(1, ge=1, description="ranks that share the stack of layers")
+    data_parallel: int = Field(1, ge=1, description="replicas; used to launch, checked against the world size")
+    sequence_parallel: bool = Field(
+        False, description="shard activations between tensor-parallel regions along the sequence"
+    )
+    distributed_optimizer: bool = Field(False, description="shard optimizer state over the data-parallel ranks")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tp(self) -> Layout:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel: true needs tensor_parallel > 1; set one of the two")
+        return self
+
+
+class Model(Section):
+    """A Qwen3 model: either a checkpoint (HF directory or Megatron torch_dist) or fresh weights for a shape."""
+
+    checkpoint: Path | None = Field(None, description="HF directory (config.json + safetensors) or a bpdg checkpoint")
+    init: Path | None = Field(None, description="HF config.json whose shape gets fresh seeded weights")
+    tokenizer: Path | None = Field(None, description="HF tokenizer directory; default: the checkpoint's own")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="compute dtype of weights and activations")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.checkpoint is None) == (self.init is None):
+            raise ValueError("give exactly one of `checkpoint` (existing weights) and `init` (a config.json)")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("`init` has no tokenizer of its own: set `tokenizer` to an HF tokenizer directory")
+        return self
+
+
+class Teacher(Section):
+    """Where the teacher's signal comes from. Its top-K supports are never touched by the gate."""
+
+    engine: Literal["megatron"] = "megatron"
+    checkpoint: Path = Field(description="HF directory or bpdg checkpoint with the teacher's weights")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    offload: bool = Field(False, description="keep the teacher's weights in host memory between uses")
+
+
+class Data(Section):
+    """Prompts: parquet (DAPO layout) or JSONL."""
+
+    train: Path = Field(description="training prompts (.parquet or .jsonl); for kind: sft, lines with `response`")
+    chat_template: bool = Field(True, description="render messages with the tokenizer's chat template")
+    enable_thinking: bool | None = Field(None, description="passed to the chat template where it knows the switch")
+    max_prompt_tokens: int = Field(2048, ge=1)
+    overlong_prompts: Literal["error", "drop", "truncate_left"] = Field(
+        "error", description="what to do with prompts over max_prompt_tokens; drops are counted and logged"
+    )
+    grader: str = Field("math_verify", description="math_verify | exact | module:function")
+
+
+class Sampling(Section):
+    """How responses are drawn. Log-probs always refer to the full distribution at `temperature`."""
+
+    temperature: float = Field(1.0, gt=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    max_new_tokens: int = Field(16384, ge=1)
+
+
+class Rollout(Section):
+    """On-policy samples of one step: prompts_per_step x samples_per_prompt responses."""
+
+    engine: Literal["embedded"] = "embedded"
+    prompts_per_step: int = Field(4, ge=1)
+    samples_per_prompt: int = Field(8, ge=1)
+    sampling: Sampling = Sampling()
+    batch_size: int = Field(128, ge=1, description="sequences the embedded engine decodes at once")
+
+
+class SampledToken(Section):
+    """Policy-gradient OPD on the sampled token (arXiv 2603.25562)."""
+
+    name: Literal["sampled_token"]
+    advantage: Literal["behaviour", "online"] = Field(
+        "behaviour", description="log q - log pi_old (behaviour) or log q - sg(log pi) (online)"
+    )
+    advantage_clamp: float | None = Field(None, gt=0.0, description="clamp the advantage to +- this many nats")
+    clip: float = Field(0.2, gt=0.0, lt=1.0, description="PPO clip on pi/pi_old")
+    dual_clip: float | None = Field(3.0, gt=1.0, description="dual-clip bound for negative advantages; null: off")
+
+
+class TeacherTopK(Section):
+    """Local support matching on the teacher's top-K ids (arXiv 2603.25562, Teacher-TopK/LSM)."""
+
+    name: Literal["lsm"]
+    top_k: int = Field(32, ge=1)
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    jsd_beta: float = Field(0.5, gt=0.0, lt=1.0)
+    outside: Literal["renormalise", "tail_bucket"] = Field(
+        "renormalise", description="renormalise both sides on the support, or keep the rest as one extra bucket"
+    )
+    append_sampled: bool = Field(False, description="add the sampled token to the support where it is outside")
+
+
+class FullVocabulary(Section):
+    """A divergence over the whole vocabulary (GKD, Agarwal et al. 2024)."""
+
+    name: Literal["forward_kl", "reverse_kl", "jsd"]
+    jsd_beta: float = Field(0.5, gt=0.0, lt=1.0)
+
+
+class SupervisedObjective(Section):
+    """Negative log-likelihood of given responses (kind: sft)."""
+
+    name: Literal["sft"]
+
+
+ObjectiveConfig = Annotated[
+    SampledToken | TeacherTopK | FullVocabulary | SupervisedObjective, Field(discriminator="name")
+]
+
+
+class Fixed(Section):
+    """Blocks of `size` response tokens, counted from the first response token."""
+
+    name: Literal["fixed"]
+    size: int = Field(64, ge=1)
+
+
+class Newline(Section):
+    """Spans that end at newlines; short ones are merged forward, long ones cut."""
+
+    name: Literal["newline"]
+    min_size: int = Field(8, ge=1)
+    max_size: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Newline:
+        if self.min_size > self.max_size:
+            raise ValueError(f"min_size {self.min_size} exceeds max_size {self.max_size}")
+        return self
+
+
+class TokenPartition(Section):
+    name: Literal["token"]
+
+
+class SequencePartition(Section):
+    name: Literal["sequence"]
+
+
+PartitionConfig = Annotated[Fixed | Newline | TokenPartition | SequencePartition, Field(discriminator="name")]
+
+
+class GateConfig(Section):
+    """Blockwise policy-drift gate (arXiv 2606.24084)."""
+
+    partition: PartitionConfig = Fixed(name="fixed")
+    tau: float = Field(1.0, ge=0.0, description="gate = exp(-tau * block drift); 0 turns it into a constant")
+    aggregator: Literal["abs_mean", "mean_abs", "rms", "k3"] = Field(
+        "abs_mean", description="block drift from token drifts d: |mean d| (paper), mean |d|, rms d, mean(e^d-1-d)"
+    )
+    unit_mean: Literal["global", "sequence", "microbatch"] = Field(
+        "global", description="scope of the unit-mean normalisation; global does not depend on the layout"
+    )
+    clip_min: float = Field(0.0, ge=0.0, le=1.0, description="lower bound on the raw gate; 0: off")
+
+
+class Training(Section):
+    """The optimizer's side of a step."""
+
+    steps: int = Field(200, ge=1)
+    epochs: int = Field(2, ge=1, description="passes over each rollout batch; drift comes from here")
+    minibatches: int = Field(1, ge=1, description="optimizer updates per epoch")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass per data-parallel rank")
+    lr: float = Field(2e-6, gt=0.0)
+    lr_warmup_steps: int = Field(0, ge=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0.0)
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(0.98, ge=0.0, lt=1.0)
+    adam_eps: float = Field(1e-8, gt=0.0)
+    clip_grad: float = Field(1.0, gt=0.0)
+    old_logprobs: Literal["trainer", "rollout"] = Field(
+        "trainer", description="who computes log pi_old: the trainer (recomputed) or the sampler (as recorded)"
+    )
+    recompute: bool = Field(False, description="recompute activations in the backward pass")
+    save_every: int = Field(0, ge=0, description="checkpoint every N steps; 0: only at the end")
+
+
+class Evaluation(Section):
+    """pass@k on held-out problems (Chen et al. 2021), with paired bootstrap intervals over problems."""
+
+    data: dict[str, Path] = Field(default_factory=dict, description="name -> .parquet or .jsonl")
+    every: int = Field(0, ge=0, description="evaluate every N steps; 0: only before and after")
+    samples: int = Field(8, ge=1, description="responses per problem (n of pass@k)")
+    k: list[int] = Field(default_factory=lambda: [1, 8])
+    sampling: Sampling = Sampling()
+    limit: int | None = Field(None, ge=1, description="use only the first N problems of each file")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Evaluation:
+        if too_large := [k for k in self.k if not 1 <= k <= self.samples]:
+            raise ValueError(f"k {too_large} outside 1..samples ({self.samples})")
+        return self
+
+
+class Logging(Section):
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="W&B project; needs the [wandb] extra")
+
+
+class RunConfig(Section):
+    """The whole YAML file."""
+
+    kind: Literal["opd", "sft"] = "opd"
+    output: Path = Field(description="run directory; must be new or empty")
+    seed: int = 0
+    layout: Layout = Layout()
+    student: Model
+    teacher: Teacher | None = None
+    data: Data
+    rollout: Rollout = Rollout()
+    objective: ObjectiveConfig
+    gate: GateConfig | None = Field(None, description="null: no gate")
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if (self.kind == "sft") != (self.objective.name == "sft"):
+            raise ValueError(f"kind: {self.kind} does not go with objective.name: {self.objective.name}")
+        if self.kind == "opd" and self.teacher is None:
+            raise ValueError("kind: opd needs a `teacher` section")
+        if self.kind == "sft" and self.gate is not None:
+            raise ValueError("kind: sft has no behaviour policy: remove `gate`")
+        samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        per_update = self.layout.data_parallel * self.training.minibatches
+        if samples % per_update:
+            raise ValueError(
+                f"rollout.prompts_per_step * rollout.samples_per_prompt = {samples} must be divisible by "
+                f"layout.data_parallel * training.minibatches = {per_update}"
+            )
+        return self

@@ -1,0 +1,125 @@
+"""Layer specs for Qwen3: Transformer Engine's where it is installed, else plain torch with sequence parallelism.
+
+Megatron-Core's own torch-only pieces refuse sequence parallelism (its norm) and need a materialised score matrix (its
+attention); the two modules here lift both limits. Both spec families save under the same torch_dist keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+
+def transformer_engine_available() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, in float32, scaled in the input's dtype as HF's Qwen3 does.
+
+    Its weight is replicated over tensor-parallel ranks; under sequence parallelism each rank sees other positions, so
+    the weight is marked for Megatron-Core to sum its gradient over the ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class TorchAttention(nn.Module):
+    """Causal grouped-query attention through `scaled_dot_product_attention` (flash kernels on GPU).
+
+    Right padding needs no mask: a causal row never sees what comes after it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"context_parallel_size {config.context_parallel_size}: the torch-only spec runs with 1; "
+                "install Transformer Engine for context parallelism"
+            )
+        self.config = config
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """query [S, B, heads, D], key and value [S, B, groups, D] -> [S, B, heads * D]."""
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("TorchAttention takes neither packed sequences nor an attention bias")
+        out_BHSD = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def torch_layer_spec() -> ModuleSpec:
+    """One Qwen3 layer from Megatron-Core's parallel linears and the two modules above."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=TorchAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=RMSNorm,
+                    k_layernorm=RMSNorm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine fuses each norm into the linear after it; save under its keys.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Spec of this pipeline stage's stack of layers."""
+    if transformer_engine_available():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    num_layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec()] * num_layers, layer_norm=RMSNorm)
