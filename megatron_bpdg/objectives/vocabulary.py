@@ -1,0 +1,135 @@
+"""The seam between formulas and parallelism: what a loss may ask of a next-token distribution.
+
+A `VocabOps` is bound to the logits of N positions. Its results have one row per position *on this rank*: all N rows
+for a dense or replicated implementation, a 1/TP slice of them where the vocabulary reduction also scatters the tokens
+over tensor-parallel ranks (sequence-parallel shards). `rows` cuts any replicated per-token tensor the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Rows per chunk of the top-K search, which holds one int64 per logit.
+_TOPK_ROWS = 256
+
+
+class VocabOps(Protocol):
+    """Operations on ``softmax(logits / temperature)`` of N positions; n = rows on this rank.
+
+    All results are float32 (float64 for float64 logits) and differentiable unless stated. Ids are replicated,
+    ``[N]`` or ``[N, K]`` int64, and may repeat.
+    """
+
+    vocab_size: int
+
+    def rows(self, per_token: Tensor) -> Tensor:
+        """This rank's rows of a replicated tensor ``[N, ...]`` -> ``[n, ...]``."""
+        ...
+
+    def logsumexp(self) -> Tensor:
+        """``[n]``."""
+        ...
+
+    def logprob(self, ids_N: Tensor) -> Tensor:
+        """Log-probability of one id per position, ``[n]``."""
+        ...
+
+    def gather(self, ids_NK: Tensor) -> Tensor:
+        """Logits of K ids per position, ``[n, K]``."""
+        ...
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits and their ids, ``[n, k]`` each; ties go to the lower id. Not differentiable."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats, ``[n]``."""
+        ...
+
+    def log_softmax(self) -> Tensor:
+        """Log-probabilities of this rank's part of the vocabulary, ``[N, V_local]``."""
+        ...
+
+    def vocab_sum(self, x_NV: Tensor) -> Tensor:
+        """Sum over the whole vocabulary of a tensor shaped like `log_softmax`, ``[n]``."""
+        ...
+
+
+def ordered_topk(values_NV: Tensor, k: int, first_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Largest k values and their ids, ties to the lower id, so that supports do not depend on how V is split.
+
+    Values are compared in float32. Returns ``[N, k]`` values and int64 ids (column number + first_id).
+    """
+    ids_V = torch.arange(values_NV.shape[1], device=values_NV.device)
+    chosen = [_ordered_topk_ids(chunk, ids_V, k) for chunk in values_NV.split(_TOPK_ROWS)]
+    ids_NK = torch.cat(chosen) if chosen else ids_V.new_zeros(0, k)
+    return values_NV.gather(1, ids_NK), ids_NK + first_id
+
+
+def _ordered_topk_ids(values_NV: Tensor, ids_V: Tensor, k: int) -> Tensor:
+    bits = (values_NV.float() + 0.0).view(torch.int32)
+    # Two's complement order of float bits: flip the magnitude of negatives.
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = (order << 32) | (0xFFFFFFFF - ids_V)
+    return keys.topk(k, dim=1).indices
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for ids outside the vocabulary (they would read as a logit of 0)."""
+    if ids.numel() and not bool(((ids >= 0) & (ids < vocab_size)).all()):
+        raise ValueError(
+            f"token ids from {int(ids.min())} to {int(ids.max())} do not fit a vocabulary of {vocab_size}: "
+            "teacher, student and tokenizer must share one vocabulary"
+        )
+
+
+def check_topk(k: int, vocab_size: int) -> None:
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"top_k must be between 1 and the vocabulary size {vocab_size}, got {k}")
+
+
+class DenseVocab:
+    """Reference `VocabOps`: the whole vocabulary on this rank, plain autograd.
+
+    Args:
+        logits_NV: ``[N, V_padded]``, any float dtype.
+        vocab_size: true size; columns beyond it are padding and never enter a softmax.
+        temperature: divides the logits.
+    """
+
+    def __init__(self, logits_NV: Tensor, vocab_size: int, temperature: float = 1.0) -> None:
+        self.vocab_size = vocab_size
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        self.logits_NV = logits_NV[:, :vocab_size].to(dtype) / temperature
+
+    def rows(self, per_token: Tensor) -> Tensor:
+        return per_token
+
+    def logsumexp(self) -> Tensor:
+        return self.logits_NV.logsumexp(-1)
+
+    def logprob(self, ids_N: Tensor) -> Tensor:
+        return self.gather(ids_N[:, None])[:, 0] - self.logsumexp()
+
+    def gather(self, ids_NK: Tensor) -> Tensor:
+        check_ids(ids_NK, self.vocab_size)
+        return self.logits_NV.gather(1, ids_NK)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        check_topk(k, self.vocab_size)
+        return ordered_topk(self.logits_NV.detach(), k)
+
+    def entropy(self) -> Tensor:
+        log_p_NV = self.log_softmax()
+        possible = log_p_NV > -torch.inf
+        log_p_NV = torch.where(possible | log_p_NV.isnan(), log_p_NV, 0.0)
+        return -torch.where(possible | log_p_NV.isnan(), log_p_NV.exp() * log_p_NV, 0.0).sum(-1)
+
+    def log_softmax(self) -> Tensor:
+        return self.logits_NV.log_softmax(-1)
+
+    def vocab_sum(self, x_NV: Tensor) -> Tensor:
+        return x_NV.sum(-1)
