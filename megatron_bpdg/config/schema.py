@@ -188,6 +188,7 @@ class Training(Section):
     steps: int = Field(200, ge=1)
     epochs: int = Field(2, ge=1, description="passes over each rollout batch; drift comes from here")
     minibatches: int = Field(1, ge=1, description="optimizer updates per epoch")
+    batch_size: int = Field(64, ge=1, description="kind: sft only: examples per optimizer update")
     micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass per data-parallel rank")
     lr: float = Field(2e-6, gt=0.0)
     lr_warmup_steps: int = Field(0, ge=0)
@@ -252,10 +253,9 @@ class RunConfig(Section):
         if self.kind == "sft" and self.gate is not None:
             raise ValueError("kind: sft has no behaviour policy: remove `gate`")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
-        per_update = self.layout.data_parallel * self.training.minibatches
-        if samples % per_update:
+        if self.kind == "opd" and samples < self.training.minibatches:
             raise ValueError(
-                f"rollout.prompts_per_step * rollout.samples_per_prompt = {samples} must be divisible by "
-                f"layout.data_parallel * training.minibatches = {per_update}"
+                f"training.minibatches = {self.training.minibatches} exceeds the {samples} responses of a step "
+                "(rollout.prompts_per_step * rollout.samples_per_prompt)"
             )
         return self

@@ -1,6 +1,6 @@
 """Blockwise policy-drift gating: partitions, the gate, diagnostics. Plain tensors, no process groups."""
 
-from megatron_bpdg.drift.gate import AGGREGATORS, Gate, Gated, SumReduce, no_reduce, segment_mean, ungated
+from megatron_bpdg.drift.gate import AGGREGATORS, Gate, Gated, SumReduce, no_reduce, segment_mean
 from megatron_bpdg.drift.partition import (
     FixedBlocks,
     NewlineSpans,
@@ -23,5 +23,4 @@ __all__ = [
     "no_reduce",
     "segment_mean",
     "token_partition",
-    "ungated",
 ]

@@ -90,7 +90,7 @@ class Gate:
     """The gate of arXiv 2606.24084 with its open choices as fields.
 
     Attributes:
-        tau: sharpness; 0 gives a constant gate.
+        tau: sharpness; 0 makes every gate exactly 1, which is how a run without a gate still measures its drift.
         aggregator: one of AGGREGATORS; the paper's is `abs_mean`.
         unit_mean: scope of the normalisation. `global` is exact over micro-batches and ranks in one pass.
         clip_min: lower bound on the raw gate.
@@ -150,11 +150,3 @@ class Gate:
             mass = mask_N.sum(dtype=torch.float64)
         return Gated(weight_N.float(), mass, gate_N.float(), drift_N, block_drift_S, count_S)
 
-
-@torch.no_grad()
-def ungated(logprobs_N: Tensor, old_logprobs_N: Tensor, mask_N: Tensor) -> Gated:
-    """Weight 1 on every valid token, in the same form as a gate; drift is still measured per token."""
-    ones_N = mask_N.float()
-    drift_N = torch.where(mask_N, logprobs_N.detach().float() - old_logprobs_N.detach().float(), 0.0)
-    none_S = torch.zeros(0, dtype=torch.float64, device=mask_N.device)
-    return Gated(ones_N, mask_N.sum(dtype=torch.float64), ones_N, drift_N, none_S, none_S)

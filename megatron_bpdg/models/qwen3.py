@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.models.specs import block_spec
@@ -125,6 +131,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=layout.pipeline_parallel > 1,
+        moe_token_dispatcher_type="alltoall",  # the only one that variable_seq_lengths accepts, dense models included
         batch_p2p_comm=not on_cpu,
         calculate_per_token_loss=True,
         recompute_granularity="full" if recompute else None,
@@ -175,4 +182,17 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    _mark_tensor_parallel(model)
     return model.to(default_device())
+
+
+def _mark_tensor_parallel(model: nn.Module) -> None:
+    """Mark sharded weights as such, which Megatron-Core does only where it initialises them itself.
+
+    An unmarked weight counts as a duplicate on all ranks but the first, and the gradient norm comes out too small.
+    """
+    partition_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in partition_dim and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim[type(module)], stride=1)

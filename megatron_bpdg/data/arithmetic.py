@@ -1,0 +1,169 @@
+"""The embedded task: chains of additions and subtractions modulo 10^d, worked one step per line.
+
+    prompt    37+8-55=
+    response  37+8=45
+              45-55=90
+              #90
+
+Every line needs only the line before it and the next operand of the prompt, and the modulus keeps the running value in
+the range seen in training whatever it is. So a teacher that has learned correct traces still has something to say
+after a student's slip: it can go on correctly from the wrong value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+
+ALPHABET = "0123456789+-=#\n"
+_PROMPT = re.compile(r"\d+([+-]\d+)+=")
+_OPERAND = re.compile(r"([+-])(\d+)")
+
+
+@dataclass(frozen=True)
+class ArithmeticTask:
+    """Difficulty of the chain.
+
+    Attributes:
+        min_operands: fewest additions and subtractions of a prompt; each is one line of the trace.
+        max_operands: most of them.
+        operand_digits: longest operand. The length is drawn uniformly, then the number; never zero, no leading zeros.
+        value_digits: d; running values are taken modulo 10^d, and the start has exactly d digits.
+    """
+
+    min_operands: int = 4
+    max_operands: int = 6
+    operand_digits: int = 2
+    value_digits: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("min_operands", "operand_digits", "value_digits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ArithmeticTask.{name} = {getattr(self, name)} must be at least 1")
+        if self.min_operands > self.max_operands:
+            raise ValueError(
+                f"ArithmeticTask.min_operands = {self.min_operands} exceeds max_operands = {self.max_operands}"
+            )
+
+    @property
+    def modulus(self) -> int:
+        return int(10**self.value_digits)
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of distinct prompts."""
+        signed_operands = 2 * (10**self.operand_digits - 1)
+        starts = self.modulus - self.modulus // 10
+        lengths = range(self.min_operands, self.max_operands + 1)
+        return sum(int(starts * signed_operands**length) for length in lengths)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.value_digits + self.max_operands * (1 + self.operand_digits) + 1
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest correct response in tokens, end-of-sequence included."""
+        line = 2 * self.value_digits + self.operand_digits + len("+=\n")
+        return self.max_operands * line + len("#") + self.value_digits + 1
+
+    def sample_prompt(self, rng: random.Random) -> str:
+        start = rng.randrange(self.modulus // 10, self.modulus)
+        operands = range(rng.randint(self.min_operands, self.max_operands))
+        return f"{start}{''.join(self._sample_operand(rng) for _ in operands)}="
+
+    def _sample_operand(self, rng: random.Random) -> str:
+        digits = rng.randint(1, self.operand_digits)
+        return f"{rng.choice('+-')}{rng.randrange(10 ** (digits - 1), 10**digits)}"
+
+    def solve(self, prompt: str) -> str:
+        """The worked response, without end-of-sequence; `final_answer` of it is the answer.
+
+        Raises:
+            ValueError: `prompt` is not of the form `37+8-5=`.
+        """
+        if not _PROMPT.fullmatch(prompt):
+            raise ValueError(f"prompt {prompt!r} is not a chain like '37+8-5='")
+        value = int(re.split("[+-]", prompt, maxsplit=1)[0])
+        lines = []
+        for sign, operand in _OPERAND.findall(prompt):
+            result = (value + int(sign + operand)) % self.modulus
+            lines.append(f"{value}{sign}{operand}={result}\n")
+            value = result
+        return f"{''.join(lines)}#{value}"
+
+
+def final_answer(response: str) -> str:
+    """Text after the last '#', the part that is graded."""
+    return response.rpartition("#")[2]
+
+
+def make_arithmetic(
+    out_dir: Path, seed: int, num_train: int, num_test: int, task: ArithmeticTask | None = None
+) -> dict[str, Path]:
+    """Write the data of the embedded task; the same arguments give the same bytes.
+
+    Files of `out_dir`: `train.jsonl` and `test.jsonl` with {id, prompt, answer}, no prompt twice within or across them;
+    `sft.jsonl` with {id, prompt, response}, the worked traces of the training prompts; `tokenizer/`.
+
+    Returns:
+        Paths by name: train, test, sft, tokenizer.
+
+    Raises:
+        ValueError: a negative count, or more prompts asked for than half of those the task has.
+    """
+    task = task or ArithmeticTask()
+    total = num_train + num_test
+    if num_train < 1 or num_test < 1:
+        raise ValueError(f"num_train = {num_train} and num_test = {num_test} must be at least 1")
+    # Beyond half of the space, drawing until a new prompt comes up gets slow and the test set means little.
+    if 2 * total > task.num_prompts:
+        raise ValueError(
+            f"num_train + num_test = {total} exceeds half of the {task.num_prompts} prompts of {task}: "
+            "ask for fewer or widen the task"
+        )
+    rng = random.Random(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < total:
+        prompts[task.sample_prompt(rng)] = None
+    ordered = list(prompts)
+    train, test = ordered[:num_train], ordered[num_train:]
+    if overlap := set(train) & set(test):
+        raise AssertionError(f"{len(overlap)} prompts are in both splits, e.g. {min(overlap)!r}")
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = {name: out_dir / f"{name}.jsonl" for name in ("train", "test", "sft")}
+    for name, split in (("train", train), ("test", test)):
+        _write_jsonl(
+            paths[name],
+            (
+                {"id": f"{name}-{index}", "prompt": prompt, "answer": final_answer(task.solve(prompt))}
+                for index, prompt in enumerate(split)
+            ),
+        )
+    _write_jsonl(
+        paths["sft"],
+        (
+            {"id": f"train-{index}", "prompt": prompt, "response": task.solve(prompt)}
+            for index, prompt in enumerate(train)
+        ),
+    )
+    paths["tokenizer"] = out_dir / "tokenizer"
+    write_char_tokenizer(paths["tokenizer"], ALPHABET)
+    return paths
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

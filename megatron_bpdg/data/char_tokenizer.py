@@ -1,0 +1,38 @@
+"""A tokenizer with one id per character, in Hugging Face's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+PAD = "<pad>"
+EOS = "<eos>"
+
+
+def build_char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """Tokenizer with ids pad = 0, eos = 1, then the characters of `alphabet` in the order given.
+
+    `decode(encode(text)) == text` for every text over the alphabet. Encoding adds no special tokens. There is no
+    unknown token: encoding a character outside the alphabet raises.
+
+    Raises:
+        ValueError: `alphabet` is empty or holds a character twice.
+    """
+    if not alphabet or len(set(alphabet)) != len(alphabet):
+        raise ValueError(f"alphabet {alphabet!r} must be distinct characters, at least one")
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    # A plain dot would not match the newline.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def write_char_tokenizer(directory: Path, alphabet: str) -> None:
+    """Write the tokenizer so that `AutoTokenizer.from_pretrained(directory)` loads it without a network."""
+    directory.mkdir(parents=True, exist_ok=True)
+    build_char_tokenizer(alphabet).save_pretrained(str(directory))

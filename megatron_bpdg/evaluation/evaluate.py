@@ -1,0 +1,55 @@
+"""pass@k of a sampler on a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.data.graders import Grader
+from megatron_bpdg.data.prompts import Problem
+from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.rollout.engine import Request, RolloutEngine
+from megatron_bpdg.rollout.sampling import sample_seed
+
+_EVALUATION = 3  # separates these random streams from the rollouts'
+
+
+def evaluate(
+    engine: RolloutEngine,
+    benchmark: str,
+    problems: Sequence[Problem],
+    prompt_ids: Sequence[list[int]],
+    tokenizer: Any,
+    grader: Grader,
+    sampling: Sampling,
+    *,
+    samples: int,
+    step: int,
+    seed: int,
+) -> EvalResult:
+    """Sample every problem `samples` times and grade; collective, the same result on every rank.
+
+    The random streams do not depend on the step, so that two evaluations of a run differ by their weights alone.
+    """
+    places = [(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
+    requests = [Request(prompt_ids[p], sample_seed(seed, _EVALUATION, p, s)) for p, s in places]
+    responses = engine.generate(requests, sampling)
+    correct = [0] * len(problems)
+    if dist.get_rank() == 0:
+        for (problem, _), response in zip(places, responses):
+            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+            correct[problem] += bool(grader(text, problems[problem].answer))
+    shared = [correct]
+    dist.broadcast_object_list(shared, src=0)
+    return EvalResult(
+        benchmark=benchmark,
+        step=step,
+        samples=samples,
+        problem_ids=[problem.id for problem in problems],
+        correct=shared[0],
+        truncated_fraction=sum(not response.finished for response in responses) / len(responses),
+        mean_response_tokens=sum(len(response.ids) for response in responses) / len(responses),
+    )

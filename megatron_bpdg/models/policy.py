@@ -1,0 +1,122 @@
+"""A Megatron model with the process groups it lives on: run micro-batches through it, forward or both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, Qwen3Shape
+from megatron_bpdg.parallel.head import project
+from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
+from megatron_bpdg.rollout.batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where this rank stands."""
+
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    is_last_stage: bool
+    data_rank: int
+    data_size: int
+
+    @classmethod
+    def current(cls) -> Groups:
+        """Of the initialised Megatron-Core parallel state."""
+        return cls(
+            tensor=parallel_state.get_tensor_model_parallel_group(),
+            data=parallel_state.get_data_parallel_group(),
+            is_last_stage=parallel_state.is_pipeline_last_stage(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+        )
+
+
+class MegatronPolicy:
+    """A model on its ranks. `loss` and `read` functions see hidden states and the head, never the model.
+
+    Args:
+        module: this rank's stage, bare or wrapped in Megatron-Core's DistributedDataParallel.
+        shape: of the whole model.
+        layout: of the ranks.
+    """
+
+    def __init__(self, module: nn.Module, shape: Qwen3Shape, layout: Layout) -> None:
+        self.module = module
+        self.shape = shape
+        self.layout = layout
+        self.groups = Groups.current()
+
+    @property
+    def bare(self) -> HiddenStateGPTModel:
+        return unwrap_model(self.module)
+
+    @property
+    def length_multiple(self) -> int:
+        return self.layout.tensor_parallel if self.layout.sequence_parallel else 1
+
+    def vocab_ops(self, hidden_SBH: Tensor, batch: MicroBatch, temperature: float, *, scattered: bool) -> ParallelVocab:
+        """The distribution that predicts each response token, as vocabulary operations over this rank's shard."""
+        logits_NV = project(
+            hidden_SBH,
+            self.bare.head_weight(),
+            batch.position_N,
+            group=self.groups.tensor,
+            sequence_parallel=self.layout.sequence_parallel,
+        )
+        return ParallelVocab(logits_NV, self.shape.vocab_size, TokenLayout(self.groups.tensor, scattered), temperature)
+
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], loss: Callable[[Tensor, MicroBatch], Tensor]
+    ) -> None:
+        """Accumulate the gradient of the sum of `loss(hidden_SBH, batch)` over the micro-batches."""
+
+        def loss_func(batch: MicroBatch, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            # Megatron-Core counts tokens as integers; the exact denominator is applied by the caller instead.
+            return loss(hidden_SBH, batch), torch.zeros((), dtype=torch.int, device=hidden_SBH.device), {}
+
+        self._run(batches, loss_func, forward_only=False)
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[MicroBatch], read: Callable[[Tensor, MicroBatch], Any]) -> list[Any]:
+        """`read(hidden_SBH, batch)` of each micro-batch on the last pipeline stage; an empty list elsewhere."""
+
+        def collect(batch: MicroBatch, hidden_SBH: Tensor, non_loss_data: bool = True) -> Any:
+            return read(hidden_SBH, batch)
+
+        training = self.module.training
+        self.module.eval()
+        results = self._run(batches, collect, forward_only=True)
+        self.module.train(training)
+        return results if self.groups.is_last_stage else []
+
+    def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        device = default_device()
+
+        def forward_step(batch_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+            batch = next(batch_iterator).to(device)
+            return model(batch.input_ids_BS, batch.position_ids_BS, None), partial(on_output, batch)
+
+        # Sequence length and micro-batch size vary; with pipeline stages, shapes travel along (variable_seq_lengths).
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=self.module,
+            num_microbatches=len(batches),
+            seq_length=batches[0].input_ids_BS.shape[1],
+            micro_batch_size=batches[0].input_ids_BS.shape[0],
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

@@ -1,0 +1,62 @@
+"""Start and stop this process's part of the run: torch.distributed, Megatron-Core's groups, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.parallel.platform import enable_cpu_platform
+
+
+@contextlib.contextmanager
+def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[None]:
+    """The process groups of a layout, under torchrun, srun's environment, or as a single process.
+
+    NCCL where there is CUDA, else gloo with the CPU platform.
+
+    Raises:
+        ValueError: where the number of processes is not the layout's.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size != layout.world_size:
+        raise ValueError(
+            f"layout needs tensor_parallel x pipeline_parallel x data_parallel = {layout.tensor_parallel} x "
+            f"{layout.pipeline_parallel} x {layout.data_parallel} = {layout.world_size} processes, but {size} run; "
+            "start with `torchrun --nproc-per-node` to match, or change the layout"
+        )
+    # torch renamed collectives that Megatron-Core still calls by their old names.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
+    owns_group = not dist.is_initialized()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        enable_cpu_platform()
+    if owns_group:
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if owns_group:
+            dist.destroy_process_group()

@@ -1,0 +1,102 @@
+"""The drift heat map: block index x step, one panel per run and epoch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_bpdg.report.run import Floats, Run
+from megatron_bpdg.report.style import HEAT, integer_steps
+
+MAX_CELLS = 400  # cells along each axis; more could not be told apart on a page
+
+
+def epochs(run: Run) -> list[int]:
+    """Epochs with recorded drift, ascending."""
+    return sorted({row["epoch"] for row in run.drift})
+
+
+def drift_matrix(run: Run, epoch: int) -> tuple[Floats, Floats, Floats]:
+    """Drift of one epoch over its updates.
+
+    Returns:
+        steps float64 ``[S]``, mean block drift in nats ``[B, S]`` weighted by tokens (NaN where no token was), and
+        tokens ``[B, S]``.
+    """
+    rows = [row for row in run.drift if row["epoch"] == epoch]
+    logged = sorted({row["step"] for row in rows})
+    # Steps that are missing (a rollout without a single token) are columns too: the axis has to stay linear.
+    stride = math.gcd(*np.diff(logged).tolist()) or 1
+    steps = list(range(logged[0], logged[-1] + 1, stride)) if logged else []
+    column = {step: index for index, step in enumerate(steps)}
+    blocks = max((len(row["tokens_by_block"]) for row in rows), default=0)
+    total_BS, tokens_BS = np.zeros((blocks, len(steps))), np.zeros((blocks, len(steps)))
+    for row in rows:
+        drift = np.array([math.nan if value is None else value for value in row["abs_drift_by_block"]], dtype=float)
+        weight = np.where(np.isfinite(drift), np.array(row["tokens_by_block"], dtype=float), 0.0)
+        at = (slice(len(drift)), column[row["step"]])
+        total_BS[at] += np.where(weight > 0, drift, 0.0) * weight
+        tokens_BS[at] += weight
+    with np.errstate(invalid="ignore"):
+        return np.array(steps, dtype=float), total_BS / tokens_BS, tokens_BS
+
+
+def heatmap_figure(runs: list[Run]) -> Figure | None:
+    """Panels share their colour scale, which ends at the 99th percentile so that one outlier cannot flatten it."""
+    panels = [(run, epoch, *drift_matrix(run, epoch)) for run in runs for epoch in epochs(run)]
+    panels = [panel for panel in panels if np.isfinite(panel[3]).any()]
+    if not panels:
+        return None
+    top = float(np.nanpercentile(np.concatenate([panel[3].ravel() for panel in panels]), 99))
+    scale = Normalize(0.0, top or 1.0)
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(11.6, 0.4 + 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for ax, (run, epoch, steps, drift_BS, tokens_BS) in zip(axes.ravel(), panels):
+        image = ax.imshow(
+            _coarsen(drift_BS, tokens_BS),
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            cmap=HEAT,
+            norm=scale,
+            extent=(*_edges(steps), -0.5, len(drift_BS) - 0.5),
+        )
+        ax.set_facecolor("#e5e7eb")
+        ax.grid(visible=False)
+        ax.set_title(f"Block drift, epoch {epoch}" if len(runs) == 1 else f"{run.name}, epoch {epoch}")
+        integer_steps(ax)
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes[0, 0].set_ylim(-0.5, max(len(panel[3]) for panel in panels) - 0.5)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("block index")
+    for ax in axes.ravel()[len(panels) :]:
+        ax.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, extend="max", extendfrac=0.04 / rows, pad=0.015, aspect=22 * rows)
+    bar.set_label("mean block drift, nats")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _edges(steps: Floats) -> tuple[float, float]:
+    """Left and right edge of the picture, half a cell outside the first and the last step."""
+    half = (steps[-1] - steps[0]) / (len(steps) - 1) / 2 if len(steps) > 1 else 0.5
+    return float(steps[0] - half), float(steps[-1] + half)
+
+
+def _coarsen(drift_BS: Floats, tokens_BS: Floats) -> Floats:
+    """Token-weighted means over bins, where an axis has more than MAX_CELLS cells."""
+    total = np.where(tokens_BS > 0, drift_BS, 0.0) * tokens_BS
+    tokens = tokens_BS
+    for axis in (0, 1):
+        if tokens.shape[axis] > MAX_CELLS:
+            starts = np.linspace(0, tokens.shape[axis], MAX_CELLS, endpoint=False).astype(int)
+            total, tokens = np.add.reduceat(total, starts, axis), np.add.reduceat(tokens, starts, axis)
+    with np.errstate(invalid="ignore"):
+        result: Floats = total / tokens
+    return result

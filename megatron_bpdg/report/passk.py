@@ -1,0 +1,101 @@
+"""pass@k of a run: over steps with intervals, before against after, and between runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bpdg.report.run import EvalRecord, Run
+
+RESAMPLES = 2000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A fraction (or a difference of two) with its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0.0 or self.high < 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """pass@k of two evaluations of one benchmark; `difference` is None where they are not paired."""
+
+    benchmark: str
+    k: int
+    problems: int
+    samples: int
+    before: Interval
+    after: Interval
+    difference: Interval | None
+
+
+def difference(before: EvalRecord, after: EvalRecord, k: int) -> Interval | None:
+    """pass@k of `after` minus that of `before`, resampling problems in pairs.
+
+    None where the two did not draw the same number of samples for the same problems: there is nothing to pair.
+    """
+    if before.samples != after.samples or set(before.problem_ids) != set(after.problem_ids):
+        return None
+    counts = dict(zip(after.problem_ids, after.correct))
+    return _bootstrap(before.correct, [counts[problem] for problem in before.problem_ids], before.samples, k)
+
+
+def estimate(record: EvalRecord, k: int) -> Interval:
+    """pass@k of one evaluation: its difference from no correct answer at all."""
+    return _bootstrap([0] * len(record.correct), record.correct, record.samples, k)
+
+
+def compare(before: EvalRecord, after: EvalRecord, k: int) -> Comparison:
+    """Both values and their paired difference."""
+    return Comparison(
+        benchmark=after.benchmark,
+        k=k,
+        problems=len(after.problem_ids),
+        samples=after.samples,
+        before=estimate(before, k),
+        after=estimate(after, k),
+        difference=difference(before, after, k),
+    )
+
+
+def before_and_after(run: Run) -> list[Comparison]:
+    """First against last evaluation, by benchmark and k; benchmarks evaluated only once are left out."""
+    histories = [run.evaluations(benchmark) for benchmark in run.benchmarks]
+    return [compare(history[0], history[-1], k) for history in histories if len(history) > 1 for k in run.ks]
+
+
+def summary_rows(run: Run) -> list[dict[str, object]]:
+    """Rows for `progress.summary_table`: percent, with the interval of the difference."""
+    return [
+        {
+            "benchmark": row.benchmark,
+            "metric": f"pass@{row.k}",
+            "before %": f"{100 * row.before.value:.1f}",
+            "after %": f"{100 * row.after.value:.1f}",
+            "difference, 95 % interval": "not paired" if row.difference is None else points(row.difference),
+        }
+        for row in before_and_after(run)
+    ]
+
+
+def points(interval: Interval) -> str:
+    """A difference in percentage points: +12.3 [+8.0, +16.5]."""
+    return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _bootstrap(before: list[int], after: list[int], samples: int, k: int) -> Interval:
+    import numpy as np
+    from math import comb
+
+    f = lambda c: 1 - comb(samples - c, k) / comb(samples, k)
+    d = np.array([f(a) - f(b) for a, b in zip(after, before)])
+    r = np.random.default_rng(SEED).integers(0, len(d), (RESAMPLES, len(d)))
+    m = d[r].mean(1)
+    return Interval(d.mean(), *np.quantile(m, [0.025, 0.975]))

@@ -1,0 +1,120 @@
+"""Progress of a run in the terminal: a live bar on a TTY, plain periodic lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class TrainingProgress:
+    """Step counter with rate, ETA and a few live metrics; use as a context manager.
+
+    Args:
+        total_steps: steps the bar ends at.
+        description: shown first, e.g. the run's name.
+        start_step: steps done before this process started (resume); they do not enter the rate.
+        enabled: False on every rank but one; nothing is written then.
+        line_interval_s: seconds between lines where there is no TTY.
+        console: where to write; standard error by default, so that piped output stays clean.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        description: str,
+        *,
+        start_step: int = 0,
+        enabled: bool = True,
+        line_interval_s: float = 10.0,
+        console: Console | None = None,
+    ) -> None:
+        self.total_steps = total_steps
+        self.description = description
+        self.start_step = start_step
+        self.enabled = enabled
+        self.line_interval_s = line_interval_s
+        self.console = console or Console(stderr=True)
+        self._started = time.monotonic()
+        self._last_line = -float("inf")
+        self._live = enabled and self.console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task(description, total=total_steps, completed=start_step, status="starting")
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Report that `step` of `total_steps` is done, with metrics to show beside the bar."""
+        if not self.enabled:
+            return
+        rate, eta = self._pace(step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
+        if self._live:
+            self._progress.update(self._task, completed=step, status=f"{rate}  ETA {eta}  {shown}")
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self.line_interval_s or step >= self.total_steps:
+            self._last_line = now
+            line = f"{self.description}: step {step}/{self.total_steps}  {rate}  ETA {eta}  {shown}".rstrip()
+            self.console.print(Text(line), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar, e.g. an evaluation result."""
+        if self.enabled:
+            self.console.print(Text(text), soft_wrap=True)
+
+    def _pace(self, step: int) -> tuple[str, str]:
+        done = step - self.start_step
+        if done <= 0:
+            return "- s/step", "-"
+        seconds = (time.monotonic() - self._started) / done
+        rate = f"{seconds:.2f} s/step" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} steps/s"
+        return rate, format_seconds(seconds * (self.total_steps - step))
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03 from an hour on, else 2:03."""
+    minutes, second = divmod(max(round(seconds), 0), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def summary_table(rows: Sequence[Mapping[str, object]], title: str | None = None) -> Table:
+    """Table for the end of a run: one column per key, in order of first appearance; floats to four digits."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        numeric = all(isinstance(row[name], int | float) for row in rows if name in row)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(name, ""))) for name in columns))
+    return table
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,120 @@
+"""The embedded rollout engine: HF transformers' generate in this process, for small models and for trying things out.
+
+Each rank keeps a full copy of the student and samples its share of the requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+
+from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.rollout.engine import Request, Response
+from megatron_bpdg.rollout.sampling import draw, uniforms
+
+
+class EmbeddedEngine:
+    """`RolloutEngine` on HF generate.
+
+    Args:
+        hf_config: directory with the student's config.json.
+        eos_id, pad_id: token ids.
+        batch_size: sequences decoded at once.
+        dtype: of the sampler's weights.
+    """
+
+    def __init__(self, hf_config: Path, *, eos_id: int, pad_id: int, batch_size: int, dtype: torch.dtype) -> None:
+        config = AutoConfig.from_pretrained(hf_config, local_files_only=True)
+        with torch.device(default_device()):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        self.eos_id, self.pad_id, self.batch_size = eos_id, pad_id, batch_size
+        self.version = -1
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy streamed weights in.
+
+        Raises:
+            ValueError: listing every parameter that is missing or unknown.
+        """
+        # state_dict, unlike named_parameters, also has the name of a head that is tied to the embeddings.
+        mine = self.model.state_dict()
+        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
+        missing, unknown = set(mine) - tied, []
+        for name, tensor in weights:
+            missing.discard(name)
+            if name in mine:
+                mine[name].copy_(tensor)
+            else:
+                unknown.append(name)
+        if missing or unknown:
+            raise ValueError(f"weight update: missing {sorted(missing)}, unknown {unknown}")
+        self.version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None] | None = None
+    ) -> list[Response]:
+        if self.version < 0:
+            raise RuntimeError("EmbeddedEngine.generate before load_weights: the sampler has no weights yet")
+        rank, size = dist.get_rank(), dist.get_world_size()
+        mine = list(range(rank, len(requests), size))
+        # Sorting by length keeps left padding short.
+        mine.sort(key=lambda i: len(requests[i].prompt_ids))
+        done: dict[int, Response] = {}
+        for start in range(0, len(mine), self.batch_size):
+            chunk = mine[start : start + self.batch_size]
+            done.update(zip(chunk, self._decode([requests[i] for i in chunk], sampling)))
+            if advance is not None:
+                advance(len(chunk) * size)
+        gathered: list[dict[int, Response] | None] = [None] * size
+        dist.all_gather_object(gathered, done)
+        merged = {index: response for part in gathered if part for index, response in part.items()}
+        return [merged[index] for index in range(len(requests))]
+
+    @torch.no_grad()
+    def _decode(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        device = self.model.device
+        width = max(len(request.prompt_ids) for request in requests)
+        input_ids_BS = torch.full((len(requests), width), self.pad_id, dtype=torch.int64)
+        mask_BS = torch.zeros_like(input_ids_BS)
+        for row, request in enumerate(requests):
+            input_ids_BS[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask_BS[row, width - len(request.prompt_ids) :] = 1
+        sampler = _Sampler([request.seed for request in requests], sampling, device)
+        ids_BT = self.model.generate(
+            input_ids_BS.to(device),
+            attention_mask=mask_BS.to(device),
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.eos_id,
+            pad_token_id=self.pad_id,
+            logits_processor=LogitsProcessorList([sampler]),
+        )[:, width:].cpu()
+        logprobs_BT = torch.stack(sampler.logprobs, dim=1).cpu()
+        return [self._cut(ids_T.tolist(), logprobs_T) for ids_T, logprobs_T in zip(ids_BT, logprobs_BT)]
+
+    def _cut(self, ids: list[int], logprobs_T: Tensor) -> Response:
+        finished = self.eos_id in ids
+        length = ids.index(self.eos_id) + 1 if finished else len(ids)
+        return Response(ids[:length], logprobs_T[:length].clone(), finished, self.version)
+
+
+class _Sampler(LogitsProcessor):
+    """Draws each token itself and leaves generate's greedy choice only that token."""
+
+    def __init__(self, seeds: list[int], sampling: Sampling, device: torch.device) -> None:
+        self.uniform_BT = uniforms(seeds, sampling.max_new_tokens).to(device)
+        self.sampling = sampling
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        step = len(self.logprobs)
+        ids_B, logprobs_B = draw(scores, self.uniform_BT[:, step], self.sampling.temperature, self.sampling.top_p)
+        self.logprobs.append(logprobs_B)
+        return torch.full_like(scores, -torch.inf).scatter_(1, ids_B[:, None], 0.0)

@@ -1,0 +1,55 @@
+"""Drawing tokens so that a sample depends on its own seed alone.
+
+Each response has its own stream of uniforms and each token is drawn by inverting the cumulative distribution, so the
+result does not depend on which other responses share the batch, nor on how many ranks share the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniforms(seeds: list[int], length: int) -> Tensor:
+    """``[len(seeds), length]`` float64 in [0, 1), row r from seed r alone."""
+    return torch.stack(
+        [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
+
+
+def sample_seed(seed: int, *path: int) -> int:
+    """A 63-bit seed for one response, from the run's seed and its place (step, problem, sample)."""
+    value = seed
+    for part in path:
+        # splitmix64 finaliser: neighbouring inputs give unrelated streams.
+        value = (value + 0x9E3779B97F4A7C15 * (part + 1)) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 1
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Sample one id per row; log-probs refer to the *full* distribution at `temperature`, whatever top_p cuts off.
+
+    Args:
+        logits_BV: float, unscaled.
+        uniform_B: float64 in [0, 1).
+        top_p: keep the fewest most likely ids that together reach this mass, then renormalise.
+
+    Returns:
+        (ids int64 ``[B]``, log-probs float32 ``[B]``).
+    """
+    logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
+    order_BV = None
+    probs_BV = logprobs_BV.double().exp()
+    if top_p < 1.0:
+        probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = probs_BV.cumsum(-1) - probs_BV
+        probs_BV = torch.where(before_BV < top_p, probs_BV, 0.0)
+    cdf_BV = probs_BV.cumsum(-1)
+    target_B = uniform_B.to(cdf_BV) * cdf_BV[:, -1]
+    # right=True skips ids of probability zero, which share their predecessor's cumulative value.
+    choice_B = torch.searchsorted(cdf_BV, target_B[:, None], right=True)[:, 0].clamp(max=cdf_BV.shape[1] - 1)
+    ids_B = choice_B if order_BV is None else order_BV.gather(1, choice_B[:, None])[:, 0]
+    return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]

@@ -1,0 +1,63 @@
+"""What a Megatron model says about sampled responses: log-probs, top-K supports, whole distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bpdg.models.policy import MegatronPolicy
+from megatron_bpdg.objectives.objective import TeacherNeeds
+from megatron_bpdg.rollout.batch import MicroBatch, collate
+from megatron_bpdg.rollout.trajectory import Trajectory
+
+Scores = dict[str, Tensor]
+"""Per response: `logprobs` [R], and as asked for `support` [R, K], `support_logprobs` [R, K], `full` [R, V_local]."""
+
+
+def score(
+    policy: MegatronPolicy,
+    micro_batches: Sequence[Sequence[Trajectory]],
+    needs: TeacherNeeds,
+    temperature: float,
+    store: Callable[[Trajectory, Scores], None],
+) -> None:
+    """Run every response through the model and hand each its scores (on the last pipeline stage's ranks only).
+
+    The results are replicated over tensor-parallel ranks, except `full`, which stays sharded over the vocabulary.
+
+    Args:
+        micro_batches: as they are to be batched; all ranks of a replica pass the same.
+        temperature: divides the logits, as it did when the responses were sampled.
+        store: where each response's scores go, tensors on the host.
+    """
+
+    def read(hidden_SBH: Tensor, batch: MicroBatch) -> Scores:
+        ops = policy.vocab_ops(hidden_SBH, batch, temperature, scattered=False)
+        scores = {"logprobs": ops.logprob(batch.sampled_N)}
+        if needs.top_k:
+            values_NK, ids_NK = ops.topk(needs.top_k)
+            scores |= {"support": ids_NK.int(), "support_logprobs": values_NK - ops.logsumexp()[:, None]}
+        if needs.full:
+            log_p_NV = ops.log_softmax()
+            # Padded columns keep the shards of all ranks equally wide; they have probability zero.
+            width = len(policy.bare.head_weight())
+            scores["full"] = F.pad(log_p_NV, (0, width - log_p_NV.shape[1]), value=-torch.inf)
+        return {name: tensor[batch.mask_N].cpu() for name, tensor in scores.items()}
+
+    batches = [
+        collate(
+            trajectories,
+            pad_id=0,
+            length_multiple=policy.length_multiple,
+            token_multiple=policy.layout.tensor_parallel,
+        )
+        for trajectories in micro_batches
+    ]
+    for trajectories, scores in zip(micro_batches, policy.forward(batches, read)):
+        lengths = [len(t.response_ids) for t in trajectories]
+        split = {name: tensor.split(lengths) for name, tensor in scores.items()}
+        for row, trajectory in enumerate(trajectories):
+            store(trajectory, {name: parts[row] for name, parts in split.items()})

@@ -1,0 +1,149 @@
+"""What a run leaves behind: metrics, drift, evaluations and sample responses, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from megatron_bpdg.config.load import dump_config
+from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
+from megatron_bpdg.report.metrics import MetricsLogger
+from megatron_bpdg.report.progress import TrainingProgress
+from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.training.setup import Run
+from megatron_bpdg.training.step import StepReport
+
+# Responses kept per step for the report's reader.
+_SAMPLES = 2
+
+
+class Recorder:
+    """Context manager; every rank has one, only rank 0 writes. All methods may be called on all ranks."""
+
+    def __init__(self, cfg: RunConfig, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.writes = dist.get_rank() == 0
+        self._exits = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.writes:
+            output = self.cfg.output
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.yaml").write_text(dump_config(self.cfg))
+            self.metrics = self._exits.enter_context(
+                MetricsLogger(
+                    output, self.cfg.logging.tensorboard, self.cfg.logging.wandb, self.cfg.model_dump(mode="json")
+                )
+            )
+            self.samples = self._exits.enter_context((output / "samples.jsonl").open("a"))
+            self.progress = self._exits.enter_context(TrainingProgress(self.cfg.training.steps, output.name))
+            for name, prompts in {"train": self.run.prompts, **self.run.benchmarks}.items():
+                if prompts.dropped or prompts.truncated:
+                    self.progress.note(
+                        f"{name}: {prompts.dropped} prompts dropped and {prompts.truncated} cut at "
+                        f"data.max_prompt_tokens = {self.cfg.data.max_prompt_tokens}"
+                    )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exits.__exit__(kind, error, trace)
+
+    def step(
+        self,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        dropped: int,
+        reports: Sequence[tuple[int, StepReport]],
+        mismatch: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Record one step of the distillation loop: `reports` are (epoch, report) of its updates in order."""
+        if not self.writes:
+            return
+        texts = [self.run.tokenizer.decode(t.response_ids, skip_special_tokens=True) for t in trajectories]
+        for trajectory, text in zip(trajectories, texts):
+            trajectory.correct = bool(self.run.grader(text, self.run.prompts.problems[trajectory.problem].answer))
+        tokens = sum(len(t.response_ids) for t in trajectories)
+        values = {
+            **_mean_over_updates(reports),
+            **mismatch,
+            **{f"time/{phase}_s": spent for phase, spent in seconds.items()},
+            "train/lr": self._lr(),
+            "train/updates": float(len(reports)),
+            "rollout/reward_mean": sum(bool(t.correct) for t in trajectories) / len(trajectories),
+            "rollout/response_tokens_mean": tokens / len(trajectories),
+            "rollout/truncated_fraction": sum(not t.finished for t in trajectories) / len(trajectories),
+            "rollout/empty": float(dropped),
+            "rollout/tokens_per_s": tokens / seconds["rollout"],
+        }
+        self.metrics.log(step, values)
+        for update, (epoch, report) in enumerate(reports):
+            self.metrics.log_drift(step, update, epoch, report.block_drift, report.block_tokens)
+        for trajectory, text in list(zip(trajectories, texts))[:_SAMPLES]:
+            prompt = self.run.tokenizer.decode(trajectory.prompt_ids)
+            record = {"step": step, "prompt": prompt, "response": text, "correct": trajectory.correct}
+            self.samples.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.samples.flush()
+        self.progress.update(
+            step,
+            {
+                "loss": values["loss/opd"],
+                "reward": values["rollout/reward_mean"],
+                "gate": values["gate/mean"],
+                "tok/s": values["rollout/tokens_per_s"],
+            },
+        )
+
+    def supervised_step(self, step: int, report: StepReport, seconds: Mapping[str, float]) -> None:
+        """Record one supervised update."""
+        if not self.writes:
+            return
+        statistics = report.statistics
+        self.metrics.log(
+            step,
+            {
+                "loss/sft": statistics["loss/opd"],
+                "actor/entropy": statistics["actor/entropy"],
+                "train/grad_norm": statistics["train/grad_norm"],
+                "train/lr": self._lr(),
+                "train/tokens_per_s": statistics["train/tokens"] / seconds["update"],
+                "time/update_s": seconds["update"],
+            },
+        )
+        self.progress.update(step, {"loss": statistics["loss/opd"]})
+
+    def evaluations(self, step: int, results: Sequence[EvalResult]) -> None:
+        """Record evaluations made after `step` steps."""
+        if not self.writes:
+            return
+        for result in results:
+            append_eval(self.cfg.output, result)
+            scores = {f"pass@{k}": result.pass_at(k) for k in self.cfg.evaluation.k}
+            self.metrics.log(step, {f"eval/{result.benchmark}/{name}": score for name, score in scores.items()})
+            self.progress.note(
+                f"step {step}  {result.benchmark}: "
+                + "  ".join(f"{name} {100 * score:.1f}%" for name, score in scores.items())
+            )
+
+    def _lr(self) -> float:
+        return float(self.run.updater.optimizer.param_groups[0]["lr"])
+
+
+def _mean_over_updates(reports: Sequence[tuple[int, StepReport]]) -> dict[str, float]:
+    """Each statistic's mean over the step's updates, and the block drift of each epoch by itself."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for epoch, report in reports:
+        for name, value in report.statistics.items():
+            values[name].append(value)
+            if name == "drift/block_mean":
+                values[f"{name}_epoch{epoch}"].append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}

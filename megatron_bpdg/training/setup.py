@@ -1,0 +1,284 @@
+"""From a config to the parts of a run, with every mismatch between them found before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from megatron_bpdg.checkpoint.hf import read_hf_config
+from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights, save_weights
+from megatron_bpdg.config.schema import (
+    Fixed,
+    GateConfig,
+    Newline,
+    PartitionConfig,
+    RunConfig,
+    SequencePartition,
+    TokenPartition,
+)
+from megatron_bpdg.data.graders import Grader, get_grader
+from megatron_bpdg.data.prompts import Problem, encode_prompts, load_problems, load_sft
+from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
+from megatron_bpdg.drift.partition import token_partition
+from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.evaluation.evaluate import evaluate
+from megatron_bpdg.models.policy import MegatronPolicy
+from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
+from megatron_bpdg.objectives.objective import build_objective
+from megatron_bpdg.rollout.embedded import EmbeddedEngine
+from megatron_bpdg.rollout.engine import RolloutEngine
+from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.teacher.megatron import MegatronTeacher
+from megatron_bpdg.training.optimizer import build_optimizer, wrap
+from megatron_bpdg.training.step import Updater
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Problems that fit, with their token ids; `dropped` and `truncated` count the others."""
+
+    problems: list[Problem]
+    ids: list[list[int]]
+    dropped: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+
+@dataclass
+class Run:
+    """Everything a training loop holds."""
+
+    cfg: RunConfig
+    hf_folder: Path
+    hf_config: dict[str, Any]
+    tokenizer: Any
+    grader: Grader
+    student: MegatronPolicy
+    module: DistributedDataParallel
+    updater: Updater
+    scheduler: OptimizerParamScheduler
+    partition: Partition
+    engine: RolloutEngine
+    prompts: Prompts = field(default_factory=lambda: Prompts([], []))
+    benchmarks: dict[str, Prompts] = field(default_factory=dict)
+    _teacher: MegatronTeacher | None = None
+
+    @property
+    def teacher(self) -> MegatronTeacher:
+        assert self._teacher is not None, "a supervised run has no teacher"
+        return self._teacher
+
+    def sync_weights(self, version: int) -> None:
+        """Stream the student's weights to the sampler."""
+        self.engine.load_weights(iter_hf_weights([self.module], self.hf_config), version)
+
+    def evaluate(self, step: int) -> list[EvalResult]:
+        """pass@k of the sampler's weights on every benchmark; the same result on every rank."""
+        return [
+            evaluate(
+                self.engine,
+                name,
+                prompts.problems,
+                prompts.ids,
+                self.tokenizer,
+                self.grader,
+                self.cfg.evaluation.sampling,
+                samples=self.cfg.evaluation.samples,
+                step=step,
+                seed=self.cfg.seed,
+            )
+            for name, prompts in self.benchmarks.items()
+        ]
+
+    def save(self, step: int) -> None:
+        """Write the student as a torch_dist checkpoint under ``output/checkpoints``."""
+        save_weights([self.module], self.cfg.output / "checkpoints", self.hf_folder, iteration=step)
+
+
+def build_run(cfg: RunConfig) -> Run:
+    """Student, teacher, sampler and data of an on-policy distillation run.
+
+    Raises:
+        ValueError: naming the field whose value does not fit the rest.
+    """
+    assert cfg.teacher is not None
+    updates = cfg.training.steps * cfg.training.epochs * cfg.training.minibatches
+    run = _build_student(cfg, updates)
+    teacher_folder = hf_folder(cfg.teacher.checkpoint, "teacher.checkpoint")
+    teacher_shape = Qwen3Shape.from_hf(read_hf_config(teacher_folder))
+    _check_same_vocabulary(run, teacher_shape, teacher_folder)
+    if run.updater.objective.needs.top_k > teacher_shape.vocab_size:
+        raise ValueError(
+            f"objective.top_k = {run.updater.objective.needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}"
+        )
+    teacher_model = build_model(teacher_shape, cfg.layout, DTYPES[cfg.teacher.dtype])
+    load_weights([teacher_model], cfg.teacher.checkpoint)
+    run._teacher = MegatronTeacher(
+        MegatronPolicy(teacher_model, teacher_shape, cfg.layout),
+        run.updater.objective.needs,
+        cfg.rollout.sampling.temperature,
+        offload=cfg.teacher.offload,
+    )
+    run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
+    longest = max(len(ids) for ids in run.prompts.ids) + cfg.rollout.sampling.max_new_tokens
+    for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
+        if longest > shape.max_position_embeddings:
+            raise ValueError(
+                f"rollout.sampling.max_new_tokens = {cfg.rollout.sampling.max_new_tokens} after a prompt of "
+                f"{longest - cfg.rollout.sampling.max_new_tokens} tokens exceeds the {role}'s "
+                f"{shape.max_position_embeddings} positions; lower it or data.max_prompt_tokens"
+            )
+    return run
+
+
+def build_supervised(cfg: RunConfig) -> tuple[Run, list[Trajectory]]:
+    """Student and worked examples of a supervised run."""
+    run = _build_student(cfg, cfg.training.steps)
+    examples = []
+    for index, example in enumerate(load_sft(cfg.data.train, run.tokenizer)):
+        trajectory = Trajectory(
+            problem=index,
+            sample=0,
+            prompt_ids=example.prompt_ids,
+            response_ids=example.response_ids,
+            sampler_logprobs_R=torch.zeros(len(example.response_ids)),
+            finished=True,
+            block_R=torch.zeros(len(example.response_ids), dtype=torch.int64),
+        )
+        trajectory.check(run.student.shape.vocab_size)
+        examples.append(trajectory)
+    return run, examples
+
+
+def _build_student(cfg: RunConfig, total_updates: int) -> Run:
+    source = cfg.student.checkpoint or _fresh_checkpoint(cfg)
+    folder = hf_folder(source, "student.checkpoint")
+    hf_config = read_hf_config(folder)
+    shape = Qwen3Shape.from_hf(hf_config)
+    dtype = DTYPES[cfg.student.dtype]
+    tokenizer = AutoTokenizer.from_pretrained(cfg.student.tokenizer or folder, local_files_only=True)
+    if len(tokenizer) > shape.vocab_size:
+        raise ValueError(
+            f"student.tokenizer has {len(tokenizer)} ids but the model only {shape.vocab_size} rows: "
+            "they do not belong together"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("student.tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    model = build_model(shape, cfg.layout, dtype, recompute=cfg.training.recompute)
+    load_weights([model], source)
+    module = wrap(model, cfg.layout)
+    optimizer, scheduler = build_optimizer(module, cfg.layout, cfg.training, dtype, total_updates)
+    student = MegatronPolicy(module, shape, cfg.layout)
+    gate_config = cfg.gate or GateConfig(tau=0.0)
+    return Run(
+        cfg=cfg,
+        hf_folder=folder,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        grader=get_grader(cfg.data.grader),
+        student=student,
+        module=module,
+        updater=Updater(
+            student,
+            optimizer,
+            build_objective(cfg.objective),
+            Gate(gate_config.tau, gate_config.aggregator, gate_config.unit_mean, gate_config.clip_min),
+            temperature=1.0 if cfg.kind == "sft" else cfg.rollout.sampling.temperature,
+        ),
+        scheduler=scheduler,
+        partition=build_partition(gate_config.partition, tokenizer),
+        engine=EmbeddedEngine(
+            folder,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            batch_size=cfg.rollout.batch_size,
+            dtype=dtype,
+        ),
+        benchmarks={
+            name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
+            for name, path in cfg.evaluation.data.items()
+        },
+    )
+
+
+def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
+    """The partition that a config section names."""
+    match config:
+        case Fixed():
+            return FixedBlocks(config.size)
+        case Newline():
+            ids = newline_token_ids(tokenizer.decode, len(tokenizer))
+            return NewlineSpans(ids, config.min_size, config.max_size)
+        case TokenPartition():
+            return token_partition()
+        case SequencePartition():
+            return WholeSequence()
+
+
+def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:
+    """Read and tokenize the problems of a file as the config's data section says."""
+    problems: Sequence[Problem] = load_problems(path)[:limit]
+    encoded = encode_prompts(
+        problems,
+        tokenizer,
+        chat_template=cfg.data.chat_template,
+        enable_thinking=cfg.data.enable_thinking,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        overlong=cfg.data.overlong_prompts,
+    )
+    return Prompts(encoded.problems, encoded.ids, encoded.dropped, encoded.truncated)
+
+
+def hf_folder(checkpoint: Path, field_name: str) -> Path:
+    """Where a checkpoint's config.json and tokenizer lie: in it (HF) or in its ``hf`` folder (ours).
+
+    Raises:
+        ValueError: naming the config field.
+    """
+    for folder in (checkpoint, checkpoint / "hf"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"{field_name}: {checkpoint} has neither config.json (an HF checkpoint) nor hf/config.json (a bpdg checkpoint)"
+    )
+
+
+def _check_same_vocabulary(run: Run, teacher: Qwen3Shape, teacher_folder: Path) -> None:
+    student = run.student.shape
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"student and teacher differ in vocabulary: {student.vocab_size} and {teacher.vocab_size} rows; "
+            "choose a teacher of the student's family and size of vocabulary"
+        )
+    if (teacher_folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(teacher_folder, local_files_only=True)
+        if different := set(run.tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()):
+            raise ValueError(
+                f"student's and teacher's tokenizers give other ids to {len({token for token, _ in different})} tokens, "
+                f"such as {min(different)[0]!r}: they must be the same"
+            )
+
+
+def _fresh_checkpoint(cfg: RunConfig) -> Path:
+    """Seeded weights for `student.init`, written once as an HF checkpoint that every rank then loads its part of."""
+    assert cfg.student.init is not None
+    folder = cfg.output / "init"
+    if dist.get_rank() == 0:
+        config = AutoConfig.from_pretrained(cfg.student.init, local_files_only=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[cfg.student.dtype])
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(cfg.student.tokenizer, local_files_only=True).save_pretrained(folder)
+    dist.barrier()
+    return folder

@@ -1,0 +1,225 @@
+"""One gated update: the loss of a micro-batch, and the exact normalisation of a whole optimizer step.
+
+    drift -> gate -> per-token loss -> weighted sum        per micro-batch, on this rank's tokens
+    sum of losses / sum of gate masses                     over micro-batches, shards and replicas
+
+The denominator is a float (the gate mass), applied to the summed gradients after all micro-batches: see `update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megatron_bpdg.drift.diagnostics import drift_by_block, drift_statistics, drift_sums, num_sums
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.models.policy import MegatronPolicy
+from megatron_bpdg.objectives.objective import Objective, TeacherSignal
+from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.parallel.sequence import sum_over
+from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
+from megatron_bpdg.rollout.batch import MicroBatch
+
+# Rows of the drift heat map; later blocks are added to the last row.
+MAX_BLOCKS = 256
+_TOTALS = (
+    "mass",
+    "loss",
+    "tokens",
+    "entropy",
+    "teacher_gap",
+    "nonfinite_student",
+    "nonfinite_old",
+    "nonfinite_teacher",
+    "nonfinite_loss",
+)
+
+
+class NonFiniteError(RuntimeError):
+    """A log-prob or the loss is NaN or infinite; the weights are still those of the last good step."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step saw, the same on every rank.
+
+    Attributes:
+        statistics: named metrics.
+        block_drift: token-weighted mean block drift by block number within the response.
+        block_tokens: valid tokens behind each entry.
+    """
+
+    statistics: dict[str, float]
+    block_drift: list[float]
+    block_tokens: list[int]
+
+
+class Updater:
+    """Gated updates of a student.
+
+    Args:
+        policy: wrapped in Megatron-Core's DistributedDataParallel.
+        optimizer: of the same model.
+        objective: per-token loss.
+        gate: with tau = 0 for a run without one.
+        temperature: the sampling temperature.
+    """
+
+    def __init__(
+        self,
+        policy: MegatronPolicy,
+        optimizer: MegatronOptimizer,
+        objective: Objective,
+        gate: Gate,
+        temperature: float,
+    ) -> None:
+        self.policy = policy
+        self.optimizer = optimizer
+        self.objective = objective
+        self.gate = gate
+        self.temperature = temperature
+        groups = policy.groups
+        # Sequence parallelism spreads the tokens too: each rank keeps, and counts, its own shard of them.
+        self.scattered = policy.layout.sequence_parallel
+        self.reduce = sum_over([groups.tensor] if self.scattered else [])
+        self.owns_blocks = groups.is_last_stage and groups.tensor.rank() == 0
+        self.owns_tokens = groups.is_last_stage and (self.scattered or groups.tensor.rank() == 0)
+
+    def update(self, batches: Sequence[MicroBatch]) -> StepReport:
+        """One optimizer step over this replica's micro-batches; other replicas may bring more or fewer.
+
+        Raises:
+            NonFiniteError: on all ranks alike, before the weights are touched.
+        """
+        report = self.accumulate(batches)
+        ok, grad_norm, _ = self.optimizer.step()
+        if not ok:
+            raise NonFiniteError("the optimizer refused the step: non-finite gradients")
+        report.statistics["train/grad_norm"] = float(grad_norm)
+        return report
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> StepReport:
+        """Leave the exact gradient of the whole step's loss in the model's main gradients."""
+        module = self.policy.module
+        module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        totals = self._no_totals()
+
+        def loss(hidden_SBH: Tensor, batch: MicroBatch) -> Tensor:
+            loss_sum, sums = self.loss(hidden_SBH, batch)
+            if self.owns_tokens:
+                totals.add_(sums)
+            return loss_sum
+
+        self.policy.forward_backward(batches, loss)
+        finalize_model_grads([module])
+        # Every token is counted on exactly one rank of the world, so one sum makes the step's totals exact.
+        dist.all_reduce(totals)
+        named = dict(zip(_TOTALS, totals[: len(_TOTALS)].tolist()))
+        _check_finite(named)
+        module.scale_gradients(1.0 / named["mass"])
+        drift = totals[len(_TOTALS) :].cpu()
+        statistics = {
+            "loss/opd": named["loss"] / named["mass"],
+            "actor/entropy": named["entropy"] / named["tokens"],
+            "teacher/gap_mean": named["teacher_gap"] / named["tokens"],
+            "train/tokens": named["tokens"],
+            **drift_statistics(drift),
+        }
+        return StepReport(statistics, *drift_by_block(drift))
+
+    @staticmethod
+    def _no_totals() -> Tensor:
+        return torch.zeros(len(_TOTALS) + num_sums(MAX_BLOCKS), dtype=torch.float64, device=default_device())
+
+    def loss(self, hidden_SBH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(weighted loss sum over this rank's tokens, detached sums for `totals`)."""
+        if not bool(batch.mask_N.any()):
+            return hidden_SBH.sum() * 0.0, self._no_totals()
+        student = self.policy.vocab_ops(hidden_SBH, batch, self.temperature, scattered=self.scattered)
+        with torch.set_grad_enabled(self.objective.differentiates_logprob):
+            logprobs_n = student.logprob(batch.sampled_N)
+        mask_n = student.rows(batch.mask_N)
+        teacher = self._teacher(student, batch)
+        old_logprobs_n = (
+            student.rows(batch.old_logprobs_N) if batch.old_logprobs_N is not None else logprobs_n.detach()
+        )
+
+        gated = self.gate(
+            logprobs_n,
+            old_logprobs_n,
+            mask_n,
+            student.rows(batch.block_N),
+            batch.num_blocks,
+            student.rows(batch.sequence_N),
+            batch.num_sequences,
+            self.reduce,
+        )
+        loss_n = self.objective(student, batch.sampled_N, logprobs_n, old_logprobs_n, teacher)
+        loss_sum = (gated.weight_N * torch.where(mask_n, loss_n, 0.0)).sum()
+
+        with torch.no_grad():
+            entropy_n = student.entropy()
+
+            def total(values_n: Tensor) -> Tensor:
+                return values_n[mask_n].double().sum()
+
+            def nonfinite(values_n: Tensor) -> Tensor:
+                return total(~values_n.isfinite())
+
+            sums = torch.stack(
+                [
+                    gated.mass,
+                    loss_sum.double(),
+                    mask_n.sum().double(),
+                    total(entropy_n),
+                    total(teacher.logprobs_n - logprobs_n),
+                    nonfinite(logprobs_n),
+                    nonfinite(old_logprobs_n),
+                    nonfinite(teacher.logprobs_n),
+                    nonfinite(loss_n),
+                ]
+            )
+            drift = drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks)
+        return loss_sum, torch.cat([sums, drift])
+
+    def _teacher(self, student: ParallelVocab, batch: MicroBatch) -> TeacherSignal:
+        if batch.teacher_logprobs_N is None:
+            return TeacherSignal(torch.zeros_like(student.rows(batch.mask_N), dtype=torch.float32))
+        return TeacherSignal(
+            logprobs_n=student.rows(batch.teacher_logprobs_N),
+            support_NK=None if batch.teacher_support_NK is None else batch.teacher_support_NK.long(),
+            support_logprobs_nK=None
+            if batch.teacher_support_logprobs_NK is None
+            else student.rows(batch.teacher_support_logprobs_NK),
+            full=None
+            if batch.teacher_full_NV is None
+            else ParallelVocab(
+                batch.teacher_full_NV,
+                self.policy.shape.vocab_size,
+                TokenLayout(self.policy.groups.tensor, self.scattered),
+            ),
+        )
+
+
+def _check_finite(totals: dict[str, float]) -> None:
+    if totals["tokens"] == 0:
+        raise ValueError("an optimizer step without a single response token: every response was empty")
+    who = {
+        "nonfinite_student": "the student's log-probs",
+        "nonfinite_old": "the behaviour policy's log-probs",
+        "nonfinite_teacher": "the teacher's log-probs",
+        "nonfinite_loss": "the loss",
+    }
+    broken = [f"{label} of {totals[key]:.0f}" for key, label in who.items() if totals[key]]
+    if broken:
+        raise NonFiniteError(
+            f"NaN or infinite: {', '.join(broken)} out of {totals['tokens']:.0f} response tokens. The weights are "
+            "unchanged. Lower training.lr, use float32, or look at the checkpoint that was loaded"
+        )

@@ -1,0 +1,147 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, final_answer, make_arithmetic
+from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
+from megatron_bpdg.models.hf_config import write_qwen3_config
+from megatron_bpdg.models.qwen3 import Qwen3Shape
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_known_trace() -> None:
+    assert ArithmeticTask().solve("37+8-55+99=") == "37+8=45\n45-55=90\n90+99=89\n#89"
+
+
+def test_traces_reexecute_and_follow_the_prompt() -> None:
+    task, rng = ArithmeticTask(), random.Random(1)
+    lengths = set()
+    for _ in range(500):
+        prompt = task.sample_prompt(rng)
+        *steps, last = task.solve(prompt).split("\n")
+        # The left-hand sides, chained, must spell the prompt; each right-hand side must be what Python computes.
+        value, rebuilt = prompt[:2], prompt[:2]
+        for step in steps:
+            left, right = step.split("=")
+            assert left.startswith(value)
+            rebuilt += left.removeprefix(value)
+            assert int(right) == eval(left) % 100
+            value = right
+        assert rebuilt + "=" == prompt
+        assert last == f"#{eval(prompt[:-1]) % 100}"
+        lengths.add(len(steps))
+        assert len(prompt) <= task.max_prompt_tokens
+        assert len(task.solve(prompt)) + 1 <= task.max_response_tokens
+    assert lengths == {4, 5, 6}
+
+
+def test_token_limits_are_reached() -> None:
+    task = ArithmeticTask(min_operands=2, max_operands=2)
+    assert len("10+22+33=") == task.max_prompt_tokens
+    assert len(task.solve("10+22+33=")) + 1 == task.max_response_tokens
+
+
+def test_final_answer_is_what_follows_the_last_hash() -> None:
+    assert final_answer("#1\n#22") == "22"
+
+
+def test_dataset_files(tmp_path: Path) -> None:
+    paths = make_arithmetic(tmp_path, seed=3, num_train=300, num_test=50)
+    train, test, sft = (read(paths[name]) for name in ("train", "test", "sft"))
+    assert (len(train), len(test)) == (300, 50)
+    prompts = [row["prompt"] for row in train + test]
+    assert len(set(prompts)) == 350
+    assert len({row["id"] for row in train + test}) == 350
+    assert [(row["id"], row["prompt"]) for row in sft] == [(row["id"], row["prompt"]) for row in train]
+    assert [final_answer(row["response"]) for row in sft] == [row["answer"] for row in train]
+    assert all(int(row["answer"]) == eval(row["prompt"][:-1]) % 100 for row in test)
+
+
+def test_same_seed_same_bytes_other_seed_other_prompts(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_arithmetic(tmp_path / name, seed=seed, num_train=40, num_test=10)
+    first, second, third = (contents(tmp_path / name) for name in "abc")
+    assert first == second
+    assert first["train.jsonl"] != third["train.jsonl"]
+    assert not [name for name in first if name.endswith(".tmp")]
+
+
+def test_no_overlap_in_a_crowded_space(tmp_path: Path) -> None:
+    task = ArithmeticTask(min_operands=1, max_operands=1, operand_digits=1, value_digits=1)
+    assert task.num_prompts == 9 * 18
+    paths = make_arithmetic(tmp_path, seed=0, num_train=60, num_test=21, task=task)
+    rows = read(paths["train"]) + read(paths["test"])
+    assert len({row["prompt"] for row in rows}) == 81
+    with pytest.raises(ValueError, match="exceeds half of the 162"):
+        make_arithmetic(tmp_path, seed=0, num_train=60, num_test=22, task=task)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"min_operands": 0}, "min_operands"), ({"min_operands": 7}, "exceeds max_operands"), ({"value_digits": 0}, "va")],
+)
+def test_bad_task(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ArithmeticTask(**fields)
+
+
+@pytest.mark.parametrize("prompt", ["37=", "37+8", "+8=", "3 +8=", "37*8="])
+def test_bad_prompt(prompt: str) -> None:
+    with pytest.raises(ValueError, match="chain"):
+        ArithmeticTask().solve(prompt)
+
+
+def test_tokenizer_round_trip_from_disk(tmp_path: Path) -> None:
+    tokenizer_dir = make_arithmetic(tmp_path, seed=0, num_train=20, num_test=5)["tokenizer"]
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    for row in read(tmp_path / "sft.jsonl"):
+        for text in (row["prompt"], row["response"]):
+            ids = tokenizer.encode(text)
+            assert len(ids) == len(text)
+            assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == 2 + len(ALPHABET) == 17
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.decode([*tokenizer.encode("#4"), 1, 0], skip_special_tokens=True) == "#4"
+    assert tokenizer.encode("\n\n") == [16, 16]
+
+
+def test_tokenizer_survives_a_qwen3_config_beside_it(tmp_path: Path) -> None:
+    """Exported checkpoints carry both in one directory."""
+    build_char_tokenizer(ALPHABET).save_pretrained(str(tmp_path))
+    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "vocab_size": 17}
+    write_qwen3_config(tmp_path / "config.json", **sizes, tied=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    assert tokenizer.decode(tokenizer.encode("1+2=3\n#3")) == "1+2=3\n#3"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_tokenizer_refuses_other_characters() -> None:
+    with pytest.raises(Exception, match=r"unk|UNK"):
+        build_char_tokenizer(ALPHABET).encode("1*2")
+    with pytest.raises(ValueError, match="distinct"):
+        build_char_tokenizer("aab")
+
+
+def test_qwen3_config_is_read_alike_by_us_and_transformers(tmp_path: Path) -> None:
+    path = tmp_path / "model" / "config.json"
+    sizes = {"layers": 2, "hidden": 96, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 128, "vocab_size": 17}
+    write_qwen3_config(path, **sizes, tied=False, pad_token_id=0, eos_token_id=1)
+    ours = Qwen3Shape.from_hf(json.loads(path.read_text()))
+    theirs = AutoConfig.from_pretrained(str(path.parent))
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert (ours.tie_word_embeddings, theirs.tie_word_embeddings) == (False, False)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 1e6
+    assert theirs.eos_token_id == 1
+    with pytest.raises(ValueError, match="kv_heads = 3 must divide heads = 4"):
+        write_qwen3_config(path, **{**sizes, "kv_heads": 3}, tied=False)

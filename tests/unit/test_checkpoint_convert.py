@@ -1,0 +1,284 @@
+"""Offline conversions: byte-exact round trips on random models, foreign layouts of torch_dist, and errors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
+
+from megatron_bpdg.checkpoint import files
+from megatron_bpdg.checkpoint.hf import HFCheckpoint
+from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
+from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, stacked_key
+from megatron_bpdg.checkpoint.verify import compare_hf, hf_to_megatron, megatron_to_hf
+from tests.checkpoint_fixtures import save_tiny_qwen3
+
+
+@pytest.fixture()
+def hf(tmp_path: Path) -> Path:
+    return save_tiny_qwen3(tmp_path / "hf", tied=False, num_hidden_layers=2)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    tied=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    groups=st.sampled_from([1, 2, 3]),
+    per_group=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6]),
+    layers=st.integers(1, 3),
+    vocab=st.integers(1, 40),
+    shard_size=st.sampled_from([300, 4000, 10**9]),
+)
+def test_round_trip_is_byte_exact(
+    tied: bool,
+    dtype: torch.dtype,
+    groups: int,
+    per_group: int,
+    head_dim: int,
+    layers: int,
+    vocab: int,
+    shard_size: int,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        source = save_tiny_qwen3(
+            work / "hf",
+            tied=tied,
+            dtype=dtype,
+            max_shard_size=f"{shard_size}B",
+            num_key_value_heads=groups,
+            num_attention_heads=groups * per_group,
+            head_dim=head_dim,
+            num_hidden_layers=layers,
+            vocab_size=vocab,
+            hidden_size=8,
+            intermediate_size=10,
+        )
+        megatron = hf_to_megatron(source, work / "megatron")
+        back = megatron_to_hf(megatron, work / "back", max_shard_size=shard_size)
+        assert compare_hf(source, back) == []
+        assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+        assert sorted(path.name for path in work.iterdir()) == ["back", "hf", "megatron"]
+
+
+def test_bits_survive(hf: Path, tmp_path: Path) -> None:
+    """NaN payloads, infinities, negative zero and subnormals of bfloat16."""
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(hf / "model.safetensors").items()}
+    patterns = torch.tensor([0x7FC1, -0x003F, 0x7F80, -0x0080, -0x8000, 0x0001], dtype=torch.int16)
+    for tensor in tensors.values():
+        tensor.view(-1)[:6] = patterns.view(torch.bfloat16)
+    save_file(tensors, hf / "model.safetensors")
+    back = megatron_to_hf(hf_to_megatron(hf, tmp_path / "megatron"), tmp_path / "back")
+    assert compare_hf(hf, back) == []
+    assert load_file(back / "model.safetensors")[LM_HEAD].view(-1)[:6].view(torch.int16).tolist() == patterns.tolist()
+
+
+def test_a_tied_head_comes_back_exactly_if_it_was_there(tmp_path: Path) -> None:
+    source = save_tiny_qwen3(tmp_path / "hf", tied=True)
+    without = megatron_to_hf(hf_to_megatron(source, tmp_path / "m1"), tmp_path / "b1")
+    assert not HFCheckpoint(without).has_lm_head
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {LM_HEAD: tensors[HF_EMBEDDING].clone()}, source / "model.safetensors")
+    back = megatron_to_hf(hf_to_megatron(source, tmp_path / "m2"), tmp_path / "b2")
+    assert compare_hf(source, back) == []
+    assert HFCheckpoint(back).has_lm_head
+
+
+def test_transformers_loads_the_result_and_sidecars_follow(hf: Path, tmp_path: Path) -> None:
+    (hf / "tokenizer.json").write_text("{}")
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    megatron = hf_to_megatron(hf, tmp_path / "megatron")
+    assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "release"
+    source = json.loads((megatron / "hf" / "bpdg_source.json").read_text())
+    assert source == {"has_lm_head": True, "vocab_size": 98, "dtype": "float32", "format": 1}
+    back = megatron_to_hf(megatron, tmp_path / "back", dtype=torch.bfloat16)
+    assert (back / "tokenizer.json").read_text() == "{}"
+    assert (back / "chat_template.jinja").is_file()
+    assert not (back / "bpdg_source.json").exists()
+    model = Qwen3ForCausalLM.from_pretrained(back)
+    assert model.dtype == torch.bfloat16
+    expected = load_file(hf / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, expected[LM_HEAD].bfloat16())
+
+
+def test_layers_are_stacked_in_megatrons_layout(hf: Path, tmp_path: Path) -> None:
+    megatron = hf_to_megatron(hf, tmp_path / "megatron")
+    metadata = TorchDistCheckpoint(megatron)._metadata.state_dict_metadata
+    qkv = metadata["decoder.layers.self_attention.linear_qkv.weight"]
+    assert tuple(qkv.size) == (2, 16 * 12, 32)
+    assert tuple(metadata["embedding.word_embeddings.weight"].size) == (98, 32)
+    # Plain DCP reads it, with no code of ours.
+    fc1 = torch.empty(2, 96, 32)
+    dcp.load({"decoder.layers.mlp.linear_fc1.weight": fc1}, checkpoint_id=megatron / "release", no_dist=True)
+    expected = load_file(hf / "model.safetensors")
+    assert torch.equal(fc1[1, :48], expected["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(fc1[1, 48:], expected["model.layers.1.mlp.up_proj.weight"])
+
+
+def _foreign(hf: Path, path: Path, *, split_gate: bool = False, **changes: Any) -> Path:
+    """A training checkpoint as another program may save it: one key per layer, optimizer state, no hf folder."""
+    source = HFCheckpoint(hf)
+    state: dict[str, Any] = {}
+    for weight in source.mapping.weights:
+        full = weight.hf_to_megatron([source.read(name) for name in weight.hf_names])
+        if split_gate and weight.key.endswith("linear_fc1.weight"):
+            state[f"{weight.key}_w"], state[f"{weight.key}_v"] = full.chunk(2)
+        else:
+            state[weight.key] = full
+        state[f"optimizer.state.exp_avg.{stacked_key(weight.key)[0]}"] = torch.zeros(2)
+        state["chained_0.optimizer.state.exp_avg.x"] = torch.zeros(2)
+    (path / "iter_0000012").mkdir(parents=True)
+    dcp.save(state | changes, checkpoint_id=path / "iter_0000012", no_dist=True)
+    (path / "latest_checkpointed_iteration.txt").write_text("12\n")
+    return path
+
+
+@pytest.mark.parametrize("split_gate", [False, True])
+def test_one_key_per_layer_is_read_too(hf: Path, tmp_path: Path, split_gate: bool) -> None:
+    foreign = _foreign(hf, tmp_path / "foreign", split_gate=split_gate)
+    with pytest.raises(FileNotFoundError, match="--hf-source"):
+        megatron_to_hf(foreign, tmp_path / "back")
+    assert compare_hf(hf, megatron_to_hf(foreign, tmp_path / "back", hf_source=hf)) == []
+    step = megatron_to_hf(foreign / "iter_0000012", tmp_path / "step", hf_source=hf)
+    assert compare_hf(hf, step) == []
+
+
+def test_tensors_that_do_not_belong_raise(hf: Path, tmp_path: Path) -> None:
+    foreign = _foreign(hf, tmp_path / "foreign", **{"mtp.layers.0.eh_proj.weight": torch.zeros(2)})
+    with pytest.raises(MappingError, match=r"surplus mtp.layers.0.eh_proj.weight"):
+        megatron_to_hf(foreign, tmp_path / "back", hf_source=hf)
+    assert not (tmp_path / "back").exists()
+
+
+def test_missing_tensors_stop_the_conversion_before_it_writes(hf: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(MappingError, match=r"missing model.norm.weight"):
+        hf_to_megatron(hf, tmp_path / "megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_mixed_dtypes_are_refused_not_promoted(hf: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, hf / "model.safetensors")
+    with pytest.raises(MappingError, match=r"k_proj.weight torch.bfloat16"):
+        hf_to_megatron(hf, tmp_path / "megatron")
+    name = "model.layers.1.self_attn.k_norm.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, hf / "model.safetensors")
+    with pytest.raises(MappingError, match=r"layers.1.self_attention.k_layernorm.weight is torch.bfloat16"):
+        hf_to_megatron(hf, tmp_path / "megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_destinations(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination = tmp_path / "megatron"
+    destination.mkdir()
+    hf_to_megatron(hf, destination)  # an empty directory is free
+    (destination / "mark").touch()
+    with pytest.raises(FileExistsError, match="megatron exists"):
+        hf_to_megatron(hf, destination)
+    hf_to_megatron(hf, destination, overwrite=True)
+    assert not (destination / "mark").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(1))
+    with pytest.raises(OSError, match="not enough disk space"):
+        hf_to_megatron(hf, tmp_path / "other")
+
+
+def test_a_failure_midway_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = HFCheckpoint.read
+
+    def failing(self: HFCheckpoint, name: str, *args: Any) -> torch.Tensor:
+        if "layers.1.mlp.down_proj" in name:
+            raise OSError("disk fell out")
+        return read(self, name, *args)
+
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "old").touch()
+    monkeypatch.setattr(HFCheckpoint, "read", failing)
+    with pytest.raises(Exception, match="disk fell out"):
+        hf_to_megatron(hf, tmp_path / "megatron", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+    assert (tmp_path / "megatron" / "old").exists()
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil-was-here"),))
+
+
+def test_metadata_cannot_run_code(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    megatron = hf_to_megatron(hf, tmp_path / "megatron")
+    (megatron / "release" / ".metadata").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(ValueError, match="does not belong in checkpoint metadata"):
+        megatron_to_hf(megatron, tmp_path / "back")
+    assert not Path("evil-was-here").exists()
+
+
+def test_trackers(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no torch_dist checkpoint"):
+        TorchDistCheckpoint(hf)
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("3")
+    with pytest.raises(FileNotFoundError, match="iter_0000003, which has no .metadata"):
+        TorchDistCheckpoint(tmp_path)
+    tracker.write_text("latest")
+    with pytest.raises(ValueError, match="holds 'latest'"):
+        TorchDistCheckpoint(tmp_path)
+
+
+def test_comparison_lists_every_difference(hf: Path, tmp_path: Path) -> None:
+    other = save_tiny_qwen3(tmp_path / "other", tied=False, num_hidden_layers=2)
+    assert compare_hf(hf, other) == []
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][:3] += 1
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].bfloat16()
+    tensors[LM_HEAD] = tensors[LM_HEAD][:97].clone()
+    tensors["extra"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, other / "model.safetensors")
+    assert sorted(difference.replace(str(tmp_path), "") for difference in compare_hf(hf, other)) == [
+        "extra: only in /other",
+        "lm_head.weight: shape (98, 32) and (97, 32)",
+        "model.layers.0.mlp.up_proj.weight: dtype torch.float32 and torch.bfloat16",
+        "model.layers.1.mlp.up_proj.weight: only in /hf",
+        "model.norm.weight: 3 of 32 elements differ",
+    ]
+
+
+def test_tools_convert_both_ways_without_megatron(hf: Path, tmp_path: Path) -> None:
+    """As scripts, in fresh interpreters where Megatron-Core cannot be imported."""
+    root = Path(__file__).parents[2]
+
+    def run(tool: str, *args: Path | str) -> subprocess.CompletedProcess[str]:
+        block = f"import sys, runpy; sys.modules['megatron'] = None; sys.path.insert(0, {str(root)!r}); "
+        script = f"sys.argv[0] = {tool!r}; runpy.run_path({str(root / 'tools' / tool)!r}, run_name='__main__')"
+        command = [sys.executable, "-c", block + script, *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    to_megatron = run("convert_hf_to_megatron.py", hf, tmp_path / "megatron")
+    assert to_megatron.returncode == 0, to_megatron.stderr
+    to_hf = run("convert_megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--compare", hf)
+    assert to_hf.returncode == 0, to_hf.stderr
+    assert f"identical to {hf}" in to_hf.stdout
+    refused = run("convert_hf_to_megatron.py", hf, tmp_path / "megatron")
+    assert refused.returncode == 1
+    assert "error: " in refused.stderr
+    assert "Traceback" not in refused.stderr

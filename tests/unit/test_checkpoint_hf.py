@@ -1,0 +1,157 @@
+"""HF configs and safetensors: what is read, what is refused, and that what is written is what others read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_bpdg.checkpoint.hf import INDEX_FILE, HFCheckpoint, read_hf_config
+from megatron_bpdg.checkpoint.hf_writer import HFWriter, TensorPlan
+from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
+from tests.checkpoint_fixtures import save_tiny_qwen3
+
+
+def edit_config(path: Path, **changes: Any) -> Path:
+    file = path / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    return path
+
+
+@pytest.fixture()
+def model(tmp_path: Path) -> Path:
+    return save_tiny_qwen3(tmp_path / "model", tied=False, num_hidden_layers=1)
+
+
+def test_config_of_transformers_5(model: Path) -> None:
+    edit_config(model, rope_parameters={"rope_theta": 5e6, "rope_type": "default"}, dtype="bfloat16")
+    config = read_hf_config(model)
+    assert (config["rope_theta"], config["dtype"], config["head_dim"]) == (5e6, "bfloat16", 12)
+
+
+def test_config_of_transformers_4(model: Path) -> None:
+    edit_config(
+        model, rope_parameters=..., dtype=..., rope_theta=1e6, rope_scaling=None, torch_dtype="float32", head_dim=...
+    )
+    config = read_hf_config(model / "config.json")
+    assert (config["rope_theta"], config["dtype"], config["head_dim"]) == (1e6, "float32", 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "rope_parameters of type 'linear'"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["sliding_attention"]}, "sliding-window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": None, "vocab_size": None}, "vocab_size is missing; rope_theta is missing"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(model: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_hf_config(edit_config(model, **changes))
+
+
+def test_reads_slices_of_sharded_files(tmp_path: Path) -> None:
+    path = save_tiny_qwen3(tmp_path / "model", tied=False, max_shard_size="20KB")
+    assert (path / INDEX_FILE).is_file()
+    source = HFCheckpoint(path)
+    source.check()
+    whole = source.read("model.layers.2.mlp.down_proj.weight")
+    assert torch.equal(source.read("model.layers.2.mlp.down_proj.weight", 1, 12, 6), whole[:, 12:18])
+    assert torch.equal(source.read("model.layers.2.mlp.down_proj.weight", 0, 3, 2), whole[3:5])
+    assert source.read(LM_HEAD, 0, 98, 0).shape == (0, 32)
+    assert source.num_bytes == sum(
+        load_file(file)[name].nbytes for file in path.glob("*.safetensors") for name in load_file(file)
+    )
+
+
+def test_tied_model_with_a_head_must_repeat_the_embedding(tmp_path: Path) -> None:
+    path = save_tiny_qwen3(tmp_path / "model", tied=True)
+    assert not HFCheckpoint(path).has_lm_head
+    tensors = load_file(path / "model.safetensors")
+    tensors[LM_HEAD] = tensors[HF_EMBEDDING].clone()
+    save_file(tensors, path / "model.safetensors")
+    source = HFCheckpoint(path)
+    source.check()
+    assert source.tied
+    assert source.has_lm_head
+    tensors[LM_HEAD][97, 31] += 1
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(MappingError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        HFCheckpoint(path).check()
+
+
+def test_broken_directories(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        HFCheckpoint(tmp_path / "absent")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        HFCheckpoint(model)
+    (model / "model.safetensors").write_bytes(b"PK\x03\x04 this is a zip archive, not safetensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        HFCheckpoint(model)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="convert the .bin weights"):
+        HFCheckpoint(model)
+    (model / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"absent: model-1.safetensors"):
+        HFCheckpoint(model)
+    save_file({"b": torch.zeros(2)}, model / "model-1.safetensors")
+    with pytest.raises(MappingError, match=r"(?s)b is in model-1.safetensors.*a is not in model-1.safetensors"):
+        HFCheckpoint(model)
+    save_file({"a": torch.zeros(2, dtype=torch.int8)}, model / "model-1.safetensors")
+    with pytest.raises(ValueError, match="a has unsupported dtype I8"):
+        HFCheckpoint(model)
+
+
+def test_writer_shards_align_and_accept_any_order(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3).bfloat16(),  # 6 bytes: what follows must be aligned all the same
+        "b": torch.randn(2, 2),
+        "c": torch.randn(5).half(),
+        "empty": torch.randn(0, 4),
+    }
+    plan = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    with HFWriter(tmp_path, plan, max_shard_size=25) as writer:
+        for name in reversed(tensors):
+            writer.add(name, tensors[name])
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == 32
+    assert index["weight_map"] == {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00001-of-00002.safetensors",
+        "c": "model-00002-of-00002.safetensors",
+        "empty": "model-00002-of-00002.safetensors",
+    }
+    read = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
+    plan = [TensorPlan("a", (2,), torch.float32), TensorPlan("b", (2,), torch.float32)]
+    with pytest.raises(MappingError, match="never written: b"), HFWriter(tmp_path, plan) as writer:
+        writer.add("a", torch.zeros(2))
+        with pytest.raises(MappingError, match="a is written twice"):
+            writer.add("a", torch.zeros(2))
+        with pytest.raises(MappingError, match="c is not in the plan"):
+            writer.add("c", torch.zeros(2))
+        with pytest.raises(MappingError, match=r"b: \(2,\) torch.float16, planned \(2,\) torch.float32"):
+            writer.add("b", torch.zeros(2).half())
+    with pytest.raises(ValueError, match="a is planned twice"):
+        HFWriter(tmp_path, [plan[0], plan[0]])
+    with pytest.raises(ValueError, match="dtype torch.int64 cannot be written"):
+        HFWriter(tmp_path, [TensorPlan("a", (2,), torch.int64)])

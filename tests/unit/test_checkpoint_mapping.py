@@ -1,0 +1,111 @@
+"""The Qwen3 table: names, order, tied and untied side by side, and errors that list everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_bpdg.checkpoint.mapping import (
+    EMBEDDING,
+    LM_HEAD,
+    OUTPUT_LAYER,
+    MappingError,
+    ModelMapping,
+    mapping_for,
+)
+from megatron_bpdg.checkpoint.patterns import QKV
+from tests.checkpoint_fixtures import TINY
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "qwen3", "tie_word_embeddings": False, **TINY, **changes}
+
+
+def found(mapping: ModelMapping) -> dict[str, tuple[int, ...]]:
+    return dict(mapping.hf_tensors())
+
+
+def test_names_of_one_layer() -> None:
+    mapping = mapping_for(config())
+    layer = {w.key: w.hf_names for w in mapping.weights if ".layers.2." in w.key}
+    hf, mg = "model.layers.2", "decoder.layers.2"
+    assert layer == {
+        f"{mg}.self_attention.linear_qkv.layer_norm_weight": (f"{hf}.input_layernorm.weight",),
+        f"{mg}.self_attention.linear_qkv.weight": tuple(f"{hf}.self_attn.{p}_proj.weight" for p in "qkv"),
+        f"{mg}.self_attention.q_layernorm.weight": (f"{hf}.self_attn.q_norm.weight",),
+        f"{mg}.self_attention.k_layernorm.weight": (f"{hf}.self_attn.k_norm.weight",),
+        f"{mg}.self_attention.linear_proj.weight": (f"{hf}.self_attn.o_proj.weight",),
+        f"{mg}.mlp.linear_fc1.layer_norm_weight": (f"{hf}.post_attention_layernorm.weight",),
+        f"{mg}.mlp.linear_fc1.weight": (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+        f"{mg}.mlp.linear_fc2.weight": (f"{hf}.mlp.down_proj.weight",),
+    }
+
+
+def test_head_size_comes_from_the_config() -> None:
+    qkv = mapping_for(config()).by_key["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert isinstance(qkv, QKV)
+    assert qkv.megatron_shape == ((8 + 2 * 4) * 12, 32)
+
+
+def test_a_tied_model_does_not_touch_the_untied_one_beside_it() -> None:
+    before = mapping_for(config(tie_word_embeddings=False))
+    tied = mapping_for(config(tie_word_embeddings=True))
+    after = mapping_for(config(tie_word_embeddings=False))
+    for untied in (before, after):
+        assert untied.by_key[OUTPUT_LAYER].hf_names == (LM_HEAD,)
+        assert untied.weight_for(OUTPUT_LAYER).hf_names == (LM_HEAD,)
+    assert OUTPUT_LAYER not in tied.by_key
+    assert tied.weight_for(OUTPUT_LAYER).key == EMBEDDING
+
+
+def test_torch_only_spec_names_are_translated() -> None:
+    mapping = mapping_for(config())
+    stored = [mapping.canonical(f"decoder.layers.3.{name}.weight") for name in ("input_layernorm", "pre_mlp_layernorm")]
+    assert stored == [
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight",
+    ]
+    for weight in mapping.weights:
+        assert mapping.canonical(weight.key) == weight.key
+
+
+def test_one_error_lists_missing_surplus_and_misshapen_with_nearest_names() -> None:
+    mapping = mapping_for(config())
+    tensors = found(mapping)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.gate_projection.weight"] = tensors.pop("model.layers.1.mlp.gate_proj.weight")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = (96,)
+    tensors["model.layers.2.self_attn.o_proj.weight"] = (96, 32)
+    with pytest.raises(MappingError) as raised:
+        mapping.check_hf(tensors, "somewhere")
+    text = str(raised.value)
+    assert "somewhere" in text
+    assert "2 missing, 2 surplus, 1 wrong" in text
+    assert "missing model.norm.weight" in text
+    assert "missing model.layers.1.mlp.gate_proj.weight (nearest: model.layers.1.mlp.gate_projection.weight)" in text
+    assert "surplus model.layers.0.self_attn.q_proj.bias" in text
+    assert "wrong   model.layers.2.self_attn.o_proj.weight: shape (96, 32), expected (32, 96)" in text
+
+
+def test_untied_needs_a_head_and_tied_may_have_one() -> None:
+    untied, tied = mapping_for(config()), mapping_for(config(tie_word_embeddings=True))
+    tensors = found(untied)
+    tied.check_hf(tensors, "tied with a head")
+    del tensors[LM_HEAD]
+    tied.check_hf(tensors, "tied without")
+    with pytest.raises(MappingError, match="missing lm_head.weight"):
+        untied.check_hf(tensors, "untied without")
+
+
+def test_stored_vocabulary_may_be_padded_but_not_short() -> None:
+    mapping = mapping_for(config())
+    shapes = {weight.key: weight.megatron_shape for weight in mapping.weights}
+    mapping.check_megatron(shapes | {EMBEDDING: (128, 32), OUTPUT_LAYER: (100, 32)}, "padded")
+    with pytest.raises(MappingError, match=r"wrong   embedding.*shape \(97, 32\)"):
+        mapping.check_megatron(shapes | {EMBEDDING: (97, 32)}, "short")
+
+
+def test_unknown_family() -> None:
+    with pytest.raises(ValueError, match=r"model_type 'mamba' has no weight mapping; supported: qwen3"):
+        mapping_for(config(model_type="mamba"))
