@@ -27,7 +27,7 @@ def save_tiny_qwen3(
     tied: bool,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     **sizes: int,
 ) -> Path:
     """A random Qwen3 with every tensor, norms included, different from its neighbours."""

@@ -29,9 +29,8 @@ from megatron_bpdg.checkpoint.torch_dist import (
     Source,
     TorchDistCheckpoint,
     is_torch_dist,
-    megatron_args,
-    write_hf_folder,
 )
+from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args, write_hf_folder
 from megatron_bpdg.checkpoint.verify import emits_lm_head, hf_parts, hf_plan, set_config_dtype
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

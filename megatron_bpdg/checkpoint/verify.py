@@ -21,9 +21,8 @@ from megatron_bpdg.checkpoint.torch_dist import (
     Source,
     TorchDistCheckpoint,
     read_source,
-    write_hf_folder,
-    write_torch_dist,
 )
+from megatron_bpdg.checkpoint.torch_dist_writer import write_hf_folder, write_torch_dist
 
 # Headers, metadata and tokenizer files on top of the tensors.
 _DISK_MARGIN = 64 * 2**20

@@ -60,13 +60,15 @@ def drift_statistics(sums: Tensor) -> dict[str, float]:
     """Named statistics from summed `drift_sums`.
 
     `gate/ess` is the effective sample size as a fraction, (sum g)^2 / (n sum g^2); `drift/cancellation` is
-    mean |s_b| / mean |d|: 1 where drifts within a block agree in sign, near 0 where they cancel.
+    mean |s_b| / mean |d|, both over tokens: 1 where drifts within a block agree in sign, near 0 where they cancel.
     """
     moments = dict(zip(_MOMENTS, sums[: len(_MOMENTS)].tolist()))
     tokens = moments["tokens"]
     if tokens == 0:
         return {}
     histogram = sums[len(_MOMENTS) : len(_MOMENTS) + BINS]
+    # Weighted by tokens, as mean |d| is: a plain mean over blocks would let a short tail block push the ratio above 1.
+    token_block_drift = float(sums[len(_MOMENTS) + BINS :].view(2, -1)[0].sum()) / tokens
     statistics = {
         "gate/mean": moments["gate"] / tokens,
         "gate/ess": moments["gate"] ** 2 / (tokens * moments["gate_sq"]),
@@ -81,7 +83,7 @@ def drift_statistics(sums: Tensor) -> dict[str, float]:
     if moments["blocks"]:
         statistics["drift/block_mean"] = moments["block_drift"] / moments["blocks"]
         if moments["abs_drift"]:
-            statistics["drift/cancellation"] = statistics["drift/block_mean"] / statistics["drift/abs_mean"]
+            statistics["drift/cancellation"] = token_block_drift / statistics["drift/abs_mean"]
     return statistics
 
 

@@ -40,6 +40,8 @@ def local_support_loss(
         extra: one more outcome per position, the sampled token: (ids ``[N]``, teacher's log-probs ``[n]``). It is
             left out where the support already has it.
     """
+    # Before the sample is appended: where the support already holds it, K + 1 columns are still K ids.
+    complete = support_NK.shape[1] >= student.vocab_size
     if extra is not None:
         extra_N, extra_logprob_n = extra
         duplicate_n = student.rows((support_NK == extra_N[:, None]).any(1))
@@ -58,7 +60,7 @@ def local_support_loss(
         log_pi, log_q = logits_nK.log_softmax(-1), teacher_logprobs_nK.log_softmax(-1)
     else:
         log_pi, log_q = logits_nK - student.logsumexp()[:, None], teacher_logprobs_nK
-        if support_NK.shape[1] < student.vocab_size:
+        if not complete:
             log_pi, log_q = (torch.cat([x, log_rest(x)[:, None]], dim=1) for x in (log_pi, log_q))
     return divergence(log_pi, log_q, lambda terms: terms.sum(-1))
 

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from megatron_bpdg.evaluation.bootstrap import Interval
 from megatron_bpdg.report.facts import headline, run_facts, warnings_card
 from megatron_bpdg.report.heatmap import heatmap_figure
-from megatron_bpdg.report.passk import Comparison, Interval, before_and_after, compare, points
+from megatron_bpdg.report.passk import Comparison, before_and_after, compare, points
 from megatron_bpdg.report.plots import (
     Curve,
     Panel,
@@ -270,24 +271,25 @@ def _samples(run: Run) -> str:
     if not chosen:
         return section("samples", "Sample responses", "", absent("No samples: samples.jsonl is missing or empty."))
     cards = "".join(map(_sample_card, chosen))
-    about = "Rollouts of the first and of the last step recorded, wrong ones (red) and right ones (green)."
+    about = "Rollouts from the start and the end of the run: green was graded right, red wrong."
     return section("samples", "Sample responses", about, f'<div class="samples">{cards}</div>')
 
 
 def choose_samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two of the first step and four of the last, right and wrong by turns where both exist."""
-    if not samples:
-        return []
-    first, last = min(s["step"] for s in samples), max(s["step"] for s in samples)
+    """Two from the start of the run and four from its end, right and wrong by turns where both exist."""
+    ordered = sorted(samples, key=lambda sample: sample["step"])
+    if len(ordered) <= 6:
+        return ordered
+    late = _by_turns(ordered[-min(8, len(ordered) - 2) :], 4)
+    return [*ordered[:2], *sorted(late, key=lambda sample: sample["step"])]
 
-    def of(step: int, count: int) -> list[dict[str, Any]]:
-        here = [sample for sample in samples if sample["step"] == step]
-        right = [sample for sample in here if sample["correct"]]
-        wrong = [sample for sample in here if not sample["correct"]]
-        by_turns = sorted([*enumerate(right), *enumerate(wrong)], key=lambda pair: pair[0])
-        return [sample for _, sample in by_turns[:count]]
 
-    return of(first, 4) if first == last else [*of(first, 2), *of(last, 4)]
+def _by_turns(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The last `count` samples, taken from the right and the wrong ones alternately."""
+    right = [sample for sample in reversed(samples) if sample["correct"]]
+    wrong = [sample for sample in reversed(samples) if not sample["correct"]]
+    turns = sorted([*enumerate(right), *enumerate(wrong)], key=lambda pair: pair[0])
+    return [sample for _, sample in turns[:count]]
 
 
 def _sample_card(sample: dict[str, Any]) -> str:

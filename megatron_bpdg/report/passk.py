@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bpdg.report.run import EvalRecord, Run
-
-RESAMPLES = 2000
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A fraction (or a difference of two) with its 95 % bootstrap interval over problems."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0.0 or self.high < 0.0
+from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.evaluation.bootstrap import Interval, bootstrap, paired_bootstrap
+from megatron_bpdg.report.run import Run
 
 
 @dataclass(frozen=True)
@@ -36,7 +22,7 @@ class Comparison:
     difference: Interval | None
 
 
-def difference(before: EvalRecord, after: EvalRecord, k: int) -> Interval | None:
+def difference(before: EvalResult, after: EvalResult, k: int) -> Interval | None:
     """pass@k of `after` minus that of `before`, resampling problems in pairs.
 
     None where the two did not draw the same number of samples for the same problems: there is nothing to pair.
@@ -44,15 +30,15 @@ def difference(before: EvalRecord, after: EvalRecord, k: int) -> Interval | None
     if before.samples != after.samples or set(before.problem_ids) != set(after.problem_ids):
         return None
     counts = dict(zip(after.problem_ids, after.correct))
-    return _bootstrap(before.correct, [counts[problem] for problem in before.problem_ids], before.samples, k)
+    return paired_bootstrap(before.correct, [counts[problem] for problem in before.problem_ids], before.samples, k)
 
 
-def estimate(record: EvalRecord, k: int) -> Interval:
-    """pass@k of one evaluation: its difference from no correct answer at all."""
-    return _bootstrap([0] * len(record.correct), record.correct, record.samples, k)
+def estimate(result: EvalResult, k: int) -> Interval:
+    """pass@k of one evaluation with its interval over problems."""
+    return bootstrap(result.correct, result.samples, k)
 
 
-def compare(before: EvalRecord, after: EvalRecord, k: int) -> Comparison:
+def compare(before: EvalResult, after: EvalResult, k: int) -> Comparison:
     """Both values and their paired difference."""
     return Comparison(
         benchmark=after.benchmark,
@@ -88,14 +74,3 @@ def summary_rows(run: Run) -> list[dict[str, object]]:
 def points(interval: Interval) -> str:
     """A difference in percentage points: +12.3 [+8.0, +16.5]."""
     return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-
-
-def _bootstrap(before: list[int], after: list[int], samples: int, k: int) -> Interval:
-    import numpy as np
-    from math import comb
-
-    f = lambda c: 1 - comb(samples - c, k) / comb(samples, k)
-    d = np.array([f(a) - f(b) for a, b in zip(after, before)])
-    r = np.random.default_rng(SEED).integers(0, len(d), (RESAMPLES, len(d)))
-    m = d[r].mean(1)
-    return Interval(d.mean(), *np.quantile(m, [0.025, 0.975]))

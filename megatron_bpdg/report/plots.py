@@ -27,6 +27,7 @@ from megatron_bpdg.report.style import (
     integer_steps,
     legend_rows,
     new_figure,
+    plain_numbers,
     title_with_legend,
 )
 
@@ -80,8 +81,9 @@ def panel_figure(panel: Panel, runs: list[Run]) -> Figure | None:
     if panel.reference is not None:
         ax.axhline(panel.reference, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     for run_index, run in enumerate(runs):
-        if panel.band is not None:
-            _draw_band(ax, run, panel.band, _look(runs, run_index, 0)[0])
+        # Bands of several runs would only hide each other.
+        if panel.band is not None and len(runs) == 1:
+            _draw_band(ax, run, panel.band)
         for curve_index, curve in enumerate(curves):
             steps, values = run.series(curve.metric)
             _draw_curve(ax, steps, values, *_look(runs, run_index, curve_index), smooth=panel.smooth)
@@ -232,6 +234,7 @@ def _single(title: str, entries: LegendEntries, width: float, height: float) -> 
     header = 0.3 + LEGEND_ROW * shape[0]
     figure, (ax,) = new_figure(width, height + LEGEND_ROW * shape[0], header=header)
     title_with_legend(ax, title, entries, shape)
+    plain_numbers(ax)
     return figure, ax
 
 
@@ -249,8 +252,7 @@ def _entries(runs: list[Run], labels: list[str]) -> LegendEntries:
     entries: LegendEntries = [(Patch(color=_look(runs, i, 0)[0]), run.name) for i, run in enumerate(runs)]
     if len(labels) > 1:
         entries += [
-            (Line2D([], [], color=FAINT, linestyle=_look(runs, 0, index)[1]), label)
-            for index, label in enumerate(labels)
+            (Line2D([], [], color=FAINT, ls=_look(runs, 0, index)[1]), label) for index, label in enumerate(labels)
         ]
     return entries
 
@@ -268,10 +270,10 @@ def _draw_curve(ax: Axes, steps: Floats, values: Floats, color: str, line_style:
         ax.plot(missing, height, transform=ax.get_xaxis_transform(), color=ALARM, marker="x", linestyle="none")
 
 
-def _draw_band(ax: Axes, run: Run, band: tuple[str, str], color: str) -> None:
+def _draw_band(ax: Axes, run: Run, band: tuple[str, str]) -> None:
     (steps, low), (_, high) = run.series(band[0]), run.series(band[1])
     if len(steps) and len(low) == len(high):
-        ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(steps, low, high, color=PALETTE[0], alpha=0.15, linewidth=0)
 
 
 def running_mean(values: Floats) -> Floats:

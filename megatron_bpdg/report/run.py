@@ -11,28 +11,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from megatron_bpdg.evaluation.benchmark import EvalResult, read_evals
 from megatron_bpdg.report.metrics import DRIFT_FILE, read_jsonl, read_metrics
 
 CONFIG_FILE = "config.yaml"
-EVAL_FILE = "eval.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """One line of eval.jsonl: graded responses to one benchmark at one step.
-
-    `correct[i]` of `samples` responses to problem `problem_ids[i]` were right.
-    """
-
-    benchmark: str
-    step: int
-    samples: int
-    problem_ids: list[str]
-    correct: list[int]
-    truncated_fraction: float
-    mean_response_tokens: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +28,7 @@ class Run:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     drift: list[dict[str, Any]]
-    evals: list[EvalRecord]
+    evals: list[EvalResult]
     samples: list[dict[str, Any]]
 
     def series(self, name: str) -> tuple[Floats, Floats]:
@@ -62,7 +46,7 @@ class Run:
     def benchmarks(self) -> list[str]:
         return list(dict.fromkeys(record.benchmark for record in self.evals))
 
-    def evaluations(self, benchmark: str) -> list[EvalRecord]:
+    def evaluations(self, benchmark: str) -> list[EvalResult]:
         """Evaluations of one benchmark by ascending step; the last one written wins where a step was repeated."""
         by_step = {record.step: record for record in self.evals if record.benchmark == benchmark}
         return [by_step[step] for step in sorted(by_step)]
@@ -108,7 +92,7 @@ def load_run(run_dir: Path) -> Run:
         config=config,
         metrics=read_metrics(run_dir),
         drift=list(read_jsonl(run_dir / DRIFT_FILE)),
-        evals=[_eval_record(record, run_dir) for record in read_jsonl(run_dir / EVAL_FILE)],
+        evals=read_evals(run_dir),
         samples=list(read_jsonl(run_dir / SAMPLES_FILE)),
     )
     if not (config or run.metrics or run.evals):
@@ -127,16 +111,3 @@ def load_runs(run_dir: Path, compare: list[Path]) -> list[Run]:
         raise ValueError(f"a run is given twice among {', '.join(map(str, paths))}; give each once")
     # A study keeps seeds in <variant>/<seed>: the parent tells them apart.
     return [Run(**{**vars(run), "name": "/".join(path.parts[-2:])}) for run, path in zip(runs, paths)]
-
-
-def _eval_record(record: dict[str, Any], run_dir: Path) -> EvalRecord:
-    fields = EvalRecord.__dataclass_fields__
-    if missing := [name for name in fields if name not in record]:
-        raise ValueError(f"{run_dir / EVAL_FILE}: a line has no {', '.join(missing)}")
-    result = EvalRecord(**{name: record[name] for name in fields})
-    if len(result.correct) != len(result.problem_ids):
-        raise ValueError(
-            f"{run_dir / EVAL_FILE}: {result.benchmark} at step {result.step} has {len(result.problem_ids)} "
-            f"problem_ids and {len(result.correct)} entries in correct"
-        )
-    return result

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 PALETTE = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#db2777", "#65a30d", "#0891b2", "#b45309")
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -65,7 +65,7 @@ def new_figure(width: float, height: float, columns: int = 1, header: float = 0.
     axes for title and legend.
     """
     figure = Figure(figsize=(width, height))
-    left, right, bottom, gap = 0.62, 0.12, 0.5, 0.8
+    left, right, bottom, gap = 0.7, 0.12, 0.5, 0.8
     inner = (width - left - right - gap * (columns - 1)) / columns
     axes = [
         figure.add_axes(
@@ -87,16 +87,29 @@ def integer_steps(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
 
 
+def plain_numbers(ax: Axes) -> None:
+    """Label the vertical axis with plain numbers, without a common factor written above the axis."""
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+def number(value: float) -> str:
+    """A tick's label: 0.25, 9500, 2.2e-6."""
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        return f"{value:.6g}"
+    mantissa, exponent = f"{value:.3g}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 LegendEntries = list[tuple[Artist, str]]
-LEGEND_ROW = 0.2  # inches
+LEGEND_ROW = 0.18  # inches
 
 
 def legend_rows(labels: list[str], width: float) -> tuple[int, int]:
     """(rows, columns) of a legend with these labels over `width` inches; none is drawn for a single label."""
     if len(labels) < 2:
         return 0, 0
-    widest = 0.5 + 0.075 * max(map(len, labels))
-    columns = max(min(int(width / widest), len(labels)), 1)
+    widths = [0.5 + 0.08 * len(label) for label in labels]
+    columns = len(labels) if sum(widths) <= width else max(int(width / max(widths)), 1)
     return -(-len(labels) // columns), columns
 
 
@@ -109,10 +122,10 @@ def title_with_legend(ax: Axes, title: str, entries: LegendEntries, shape: tuple
             [artist for artist, _ in entries],
             [label for _, label in entries],
             loc="lower left",
-            bbox_to_anchor=(-0.012, 1.0),
+            bbox_to_anchor=(0.0, 1.0),
             ncols=columns,
-            borderaxespad=0.1,
-            borderpad=0.2,
+            borderaxespad=0.2,
+            borderpad=0.0,
             labelspacing=0.35,
             handlelength=1.4,
             columnspacing=1.4,

@@ -27,7 +27,7 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px 24px; margin: 0; }
 .facts dt { color: var(--faint); font-size: 12px; text-transform: uppercase; letter-spacing: 0.05em; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 16px 28px; }
+.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 16px 28px; align-items: end; }
 figure { margin: 0; }
 .wide { grid-column: 1 / -1; }
 svg { display: block; width: 100%; height: auto; }
@@ -54,7 +54,7 @@ pre.prompt { color: var(--faint); max-height: 130px; padding-bottom: 6px; border
 details summary { cursor: pointer; font-weight: 600; }
 details pre { max-height: none; }
 footer { font-size: 13px; margin-top: 24px; }
-@media (max-width: 800px) { .figures, .samples { grid-template-columns: 1fr; } }
+@media screen and (max-width: 800px) { .figures, .samples { grid-template-columns: 1fr; } }
 @media print {
   body { background: none; font-size: 12px; }
   main { max-width: none; padding: 0; }
@@ -62,6 +62,7 @@ footer { font-size: 13px; margin-top: 24px; }
   section { border: 0; padding: 0; margin-top: 24px; }
   figure, .sample, tr { break-inside: avoid; }
   h2, .about { break-after: avoid; }
+  .about, .interval, th { font-size: 11px; }
   pre { max-height: none; overflow: visible; }
 }
 """

@@ -26,10 +26,12 @@ def build_optimizer(
     module: DistributedDataParallel, layout: Layout, training: Training, dtype: torch.dtype, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam with the run's schedule, counted in optimizer updates."""
+    min_lr = 0.0 if training.lr_schedule == "cosine" else training.lr
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=training.lr,
+            min_lr=min_lr,
             weight_decay=training.weight_decay,
             adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
@@ -45,7 +47,7 @@ def build_optimizer(
         optimizer,
         init_lr=0.0 if training.lr_warmup_steps else training.lr,
         max_lr=training.lr,
-        min_lr=0.0 if training.lr_schedule == "cosine" else training.lr,
+        min_lr=min_lr,
         lr_warmup_steps=training.lr_warmup_steps,
         lr_decay_steps=max(total_updates, training.lr_warmup_steps + 1),
         lr_decay_style=training.lr_schedule,

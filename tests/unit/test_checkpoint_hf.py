@@ -23,7 +23,7 @@ def edit_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(tmp_path: Path) -> Path:
     return save_tiny_qwen3(tmp_path / "model", tied=False, num_hidden_layers=1)
 
@@ -103,7 +103,7 @@ def test_broken_directories(tmp_path: Path, model: Path) -> None:
         HFCheckpoint(model)
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="convert the .bin weights"):
+    with pytest.raises(FileNotFoundError, match=r"convert the \.bin weights"):
         HFCheckpoint(model)
     (model / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"absent: model-1.safetensors"):
@@ -143,7 +143,7 @@ def test_writer_shards_align_and_accept_any_order(tmp_path: Path) -> None:
 
 def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
     plan = [TensorPlan("a", (2,), torch.float32), TensorPlan("b", (2,), torch.float32)]
-    with pytest.raises(MappingError, match="never written: b"), HFWriter(tmp_path, plan) as writer:
+    with HFWriter(tmp_path, plan) as writer:
         writer.add("a", torch.zeros(2))
         with pytest.raises(MappingError, match="a is written twice"):
             writer.add("a", torch.zeros(2))
@@ -151,7 +151,12 @@ def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
             writer.add("c", torch.zeros(2))
         with pytest.raises(MappingError, match=r"b: \(2,\) torch.float16, planned \(2,\) torch.float32"):
             writer.add("b", torch.zeros(2).half())
+        writer.add("b", torch.zeros(2))
+    incomplete = HFWriter(tmp_path, plan)
+    incomplete.__enter__().add("a", torch.zeros(2))
+    with pytest.raises(MappingError, match="never written: b"):
+        incomplete.__exit__(None, None, None)
     with pytest.raises(ValueError, match="a is planned twice"):
         HFWriter(tmp_path, [plan[0], plan[0]])
-    with pytest.raises(ValueError, match="dtype torch.int64 cannot be written"):
+    with pytest.raises(ValueError, match=r"dtype torch\.int64 cannot be written"):
         HFWriter(tmp_path, [TensorPlan("a", (2,), torch.int64)])

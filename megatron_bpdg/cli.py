@@ -1,0 +1,190 @@
+"""`bpdg`: train, eval, convert, inspect the installation, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="On-policy distillation with blockwise policy-drift gating on Megatron-Core.\n\n"
+    "A run is one YAML file: `bpdg train examples/quickstart/opd.yaml` trains, `bpdg report RUN` draws it.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+task_app = typer.Typer(help="Make the data of the embedded task.", no_args_is_help=True)
+app.add_typer(task_app, name="task")
+console = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the config, e.g. `training.lr=1e-6 gate.partition.size=32 gate=null`."),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see `bpdg schema` for every field.")],
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete the run directory first if it exists.")] = False,
+    check: Annotated[bool, typer.Option(help="Only validate the config and the paths it names.")] = False,
+) -> None:
+    """Train as a config says.
+
+    Started as a plain command, it launches one process per rank of `layout` on this machine. Under torchrun or srun
+    (WORLD_SIZE is set) it is one of the ranks.
+    """
+    from megatron_bpdg.config import check_paths, load_config
+
+    cfg = load_config(config, overrides or [])
+    check_paths(cfg)
+    if check:
+        console.print(f"{config}: valid; needs {cfg.layout.world_size} process(es)")
+        return
+    if "WORLD_SIZE" not in os.environ:
+        _clear_output(cfg.output, overwrite)
+        if cfg.layout.world_size > 1:
+            _launch(cfg.layout.world_size, ["train", str(config), *(overrides or [])])
+            return
+    from megatron_bpdg.training.loop import TRAINERS
+
+    _quiet_libraries()
+    TRAINERS[cfg.kind](cfg)
+
+
+@app.command("eval")
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="HF directory or bpdg checkpoint.")],
+    data: Annotated[list[Path], typer.Option(help="Problems, .parquet or .jsonl; may be given several times.")],
+    samples: Annotated[int, typer.Option(min=1, help="Responses per problem (n of pass@k).")] = 8,
+    k: Annotated[list[int] | None, typer.Option(help="k of pass@k; default 1 and `samples`.")] = None,
+    grader: Annotated[str, typer.Option(help="math_verify | exact | module:function")] = "math_verify",
+    chat_template: Annotated[bool, typer.Option(help="Render prompts with the chat template.")] = True,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16384,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[Path | None, typer.Option(help="Directory for eval.jsonl; default: print only.")] = None,
+) -> None:
+    """pass@k of a checkpoint, with bootstrap intervals over problems, sampled by the embedded engine."""
+    from megatron_bpdg.config.schema import Sampling
+    from megatron_bpdg.evaluation.command import evaluate_checkpoint
+
+    _quiet_libraries()
+    evaluate_checkpoint(
+        checkpoint,
+        data,
+        samples=samples,
+        k=k or sorted({1, samples}),
+        grader_name=grader,
+        chat_template=chat_template,
+        sampling=Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens),
+        batch_size=batch_size,
+        seed=seed,
+        output=output,
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="HF directory or Megatron torch_dist checkpoint; told apart by content.")],
+    target: Annotated[Path, typer.Argument(help="New directory.")],
+    verify: Annotated[bool, typer.Option(help="Convert back and compare every byte.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
+) -> None:
+    """Convert HF Qwen3 <-> Megatron torch_dist, byte for byte."""
+    from megatron_bpdg.checkpoint.verify import convert as run_convert
+
+    run_convert(source, target, verify=verify, overwrite=overwrite)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory of `bpdg train`.")],
+    compare: Annotated[list[Path] | None, typer.Option(help="Other runs to overlay; may be given several times.")] = None,
+) -> None:
+    """Write RUN/report.html: pass@k, loss, gates, the drift heat map."""
+    from megatron_bpdg.report import write_report
+
+    console.print(f"report: {write_report(run, compare or [])}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the config, for editors."""
+    import json
+
+    from megatron_bpdg.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this installation can do and what is missing."""
+    from megatron_bpdg.doctor import diagnose
+
+    if not diagnose(console):
+        raise typer.Exit(1)
+
+
+@task_app.command("arithmetic")
+def arithmetic(
+    output: Annotated[Path, typer.Argument(help="Directory for the splits, the traces, the tokenizer and two configs.")],
+    seed: Annotated[int, typer.Option()] = 0,
+    train_problems: Annotated[int, typer.Option(min=1)] = 20_000,
+    test_problems: Annotated[int, typer.Option(min=1)] = 200,
+) -> None:
+    """Worked arithmetic: seeded problems, their worked traces, a character tokenizer, two model shapes."""
+    from megatron_bpdg.data.arithmetic import make_quickstart
+
+    make_quickstart(output, seed, train_problems, test_problems)
+    console.print(f"arithmetic task: {output}")
+
+
+def _clear_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise ValueError(f"output: {output} is not empty; choose another directory or pass --overwrite")
+        shutil.rmtree(output)
+
+
+def _launch(world_size: int, arguments: list[str]) -> None:
+    """One process per rank on this machine, through torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    # Several busy OpenMP pools on few cores spend their time waiting for each other.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    result = subprocess.run([*command, "-m", "megatron_bpdg.cli", *arguments], env=environment, check=False)
+    if result.returncode:
+        raise typer.Exit(result.returncode)
+
+
+def _quiet_libraries() -> None:
+    """Keep other packages' notices about optional extras and renamed functions out of the run's output."""
+    import warnings
+
+    for module in ("megatron", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Entry point: errors that name their remedy are printed as one message, without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+        if os.environ.get("BPDG_TRACEBACK"):
+            raise
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Validation errors in the user's words: dotted field, given value, what would be right, the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+Path = Sequence[str | int]
+
+
+def explain(error: ErrorDetails, root: type[BaseModel], raw: Mapping[str, Any]) -> str:
+    """One line for one pydantic error of validating `raw` as `root`."""
+    path = _without_tags(error["loc"], root)
+    name = ".".join(map(str, path))
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "missing":
+            return f"{name}: required, but not given{_meaning(_field_at(root, raw, path))}"
+        case "extra_forbidden":
+            return f"{name}: unknown key; {_suggestion(root, raw, path)}"
+        case "union_tag_invalid":
+            tag, discriminator = context["tag"], context["discriminator"].strip("'")
+            return f"{name}.{discriminator} = {tag!r}: should be {_one_of(tag, context['expected_tags'])}"
+        case "union_tag_not_found":
+            discriminator = context["discriminator"].strip("'")
+            return f"{name}.{discriminator}: required, but not given{_choices(_field_at(root, raw, path))}"
+        case "literal_error":
+            return f"{name} = {_short(error['input'])}: should be {_one_of(error['input'], context['expected'])}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            remedy = "; remove the line for the defaults" if error["input"] is None else ""
+            return f"{name} = {_short(error['input'])}: should be a section, `field: value` lines{remedy}"
+        case "value_error":
+            return f"{name}: {context['error']}" if name else str(context["error"])
+        case _:
+            return f"{name} = {_short(error['input'])}: {error['msg'].removeprefix('Input ')}"
+
+
+def section_at(root: type[BaseModel], raw: Mapping[str, Any], path: Path) -> type[BaseModel] | None:
+    """The model that describes ``raw[path[0]][path[1]]...``; None where there is none or `raw` leaves it open."""
+    model: type[BaseModel] | None = root
+    node: Any = raw
+    for part in path:
+        field = model.model_fields.get(str(part)) if model else None
+        if field is None:
+            return None
+        node = node.get(part) if isinstance(node, Mapping) else None
+        model = _chosen(field, node)
+    return model
+
+
+def _chosen(field: FieldInfo, node: Any) -> type[BaseModel] | None:
+    models = _models(field)
+    if isinstance(field.discriminator, str) and isinstance(node, Mapping):
+        models = [model for model in models if node.get(field.discriminator) in _tags(field, model)]
+    return models[0] if len(models) == 1 else None
+
+
+def _models(field: FieldInfo) -> list[type[BaseModel]]:
+    candidates = (field.annotation, *get_args(field.annotation))
+    return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
+
+
+def _tags(field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(model.model_fields[str(field.discriminator)].annotation)
+
+
+def _without_tags(location: Path, root: type[BaseModel]) -> list[str | int]:
+    """Pydantic puts the chosen variant of a discriminated union into the location; the YAML has no such level."""
+    path: list[str | int] = []
+    models, field = [root], None
+    for part in location:
+        if field is not None and field.discriminator is not None:
+            models, field = [model for model in models if part in _tags(field, model)], None
+            continue
+        path.append(part)
+        field = models[0].model_fields.get(str(part)) if models else None
+        models = _models(field) if field else []
+    return path
+
+
+def _suggestion(root: type[BaseModel], raw: Mapping[str, Any], path: Path) -> str:
+    *parents, key = map(str, path)
+    section = section_at(root, raw, parents)
+    known = list(section.model_fields) if section else []
+    here = [".".join([*parents, name]) for name in difflib.get_close_matches(key, known, n=1)]
+    elsewhere = [name for name in _all_fields(root) if name.endswith(f".{key}") and name != ".".join(map(str, path))]
+    if candidates := list(dict.fromkeys(here + elsewhere))[:3]:
+        return f"did you mean {' or '.join(candidates)}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for child in _models(field):
+            yield from _all_fields(child, f"{prefix}{name}.")
+
+
+def _field_at(root: type[BaseModel], raw: Mapping[str, Any], path: Path) -> FieldInfo | None:
+    section = section_at(root, raw, path[:-1])
+    return section.model_fields.get(str(path[-1])) if section else None
+
+
+def _meaning(field: FieldInfo | None) -> str:
+    return f" ({field.description})" if field and field.description else ""
+
+
+def _choices(field: FieldInfo | None) -> str:
+    return f"; one of {', '.join(tag for model in _models(field) for tag in _tags(field, model))}" if field else ""
+
+
+def _one_of(given: object, expected: str) -> str:
+    """`expected` is pydantic's list: 'a', 'b' or 'c'."""
+    names = [name.strip(" '") for name in expected.replace(" or ", ",").split(",")]
+    close = difflib.get_close_matches(str(given), names, n=1)
+    return f"one of {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _short(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

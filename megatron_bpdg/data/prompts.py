@@ -1,0 +1,221 @@
+"""Problems from files, and their prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_bpdg.data.records import (
+    DataError,
+    FieldError,
+    Row,
+    name_field,
+    read_records,
+    section_field,
+    text_field,
+)
+
+# Note that DAPO-Math-17k as published already ends its prompts with this sentence, with doubled braces: \boxed{{}}.
+BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
+_CONTENT_FIELDS = ("problem", "prompt", "messages")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: `messages` of a conversation or a plain `text` (the other is None), and the answer for the grader.
+
+    `id` is unique in its file; `extra` holds the row's remaining fields.
+    """
+
+    id: str
+    messages: list[dict[str, str]] | None
+    text: str | None
+    answer: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Problems that are kept, `ids[i]` the prompt of `problems[i]`, and how many were dropped or cut for length."""
+
+    problems: list[Problem]
+    ids: list[list[int]]
+    dropped: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class SupervisedExample:
+    """A prompt and the response to learn, end-of-sequence included, as token ids."""
+
+    id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+def load_problems(path: Path, *, suffix: str = "") -> list[Problem]:
+    r"""Read problems in file order.
+
+    Layouts:
+        .parquet: that of DAPO-Math-17k: `prompt` (list of {role, content}), `reward_model.ground_truth`,
+            `data_source`, `extra_info.index`. The id is ``data_source/index``. Contents are left as they are, the
+            doubled braces ``\boxed{{}}`` of the published file included.
+        .jsonl: one {id, answer} a line with the content as one of `problem` (the bare statement), `prompt` (a complete
+            text, or a list of messages) and `messages`.
+
+    Args:
+        path: the file.
+        suffix: put after every bare `problem` and a space, e.g. `BOXED_SUFFIX`; complete prompts never get it.
+
+    Raises:
+        DataError: naming the rows and fields that are malformed, and ids given twice.
+        FileNotFoundError: there is no such file.
+    """
+    parse = _dapo_problem if path.suffix == ".parquet" else partial(_json_problem, suffix=suffix)
+    return read_records(path, parse)
+
+
+def encode_prompts(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    enable_thinking: bool | None = None,
+    max_prompt_tokens: int,
+    overlong: Literal["error", "drop", "truncate_left"] = "error",
+) -> EncodedPrompts:
+    """Render and tokenize the prompts.
+
+    Args:
+        problems: as of `load_problems`.
+        tokenizer: HF tokenizer. Special tokens come from the chat template alone, none are added.
+        chat_template: render conversations (a plain text is one user message) up to where the assistant's turn begins;
+            otherwise use plain texts as they are (a single user message counts as one).
+        enable_thinking: handed to the template unless None.
+        max_prompt_tokens: longest prompt in tokens.
+        overlong: what to do beyond that: refuse, leave the problem out, or keep the last `max_prompt_tokens` tokens.
+
+    Raises:
+        DataError: a prompt cannot be rendered or is empty; prompts are too long and `overlong` is "error", or none
+            would be left.
+    """
+    _check_template(tokenizer, chat_template)
+    kept: list[Problem] = []
+    ids: list[list[int]] = []
+    overlong_lengths: dict[str, int] = {}
+    for problem in problems:
+        prompt_ids = _encode(problem, tokenizer, chat_template, enable_thinking)
+        if len(prompt_ids) > max_prompt_tokens:
+            overlong_lengths[problem.id] = len(prompt_ids)
+            if overlong != "truncate_left":
+                continue
+            prompt_ids = prompt_ids[-max_prompt_tokens:]
+        kept.append(problem)
+        ids.append(prompt_ids)
+    if overlong_lengths and (overlong == "error" or not kept):
+        longest = max(overlong_lengths, key=overlong_lengths.__getitem__)
+        raise DataError(
+            f"{len(overlong_lengths)} of {len(problems)} prompts exceed data.max_prompt_tokens = {max_prompt_tokens}; "
+            f"the longest is {longest!r} with {overlong_lengths[longest]} tokens. "
+            "Raise the limit, or set data.overlong_prompts to drop or truncate_left"
+        )
+    truncated = len(overlong_lengths) if overlong == "truncate_left" else 0
+    return EncodedPrompts(kept, ids, dropped=len(problems) - len(kept), truncated=truncated)
+
+
+def load_sft(path: Path, tokenizer: Any, *, chat_template: bool = False) -> list[SupervisedExample]:
+    """Read supervised examples: JSONL lines {id, prompt, response}.
+
+    The prompt is encoded like a plain text of `encode_prompts`, the response by itself, then end-of-sequence.
+
+    Raises:
+        DataError: naming the rows and fields that are malformed, and ids given twice.
+        ValueError: the tokenizer has no end-of-sequence token.
+    """
+    if path.suffix != ".jsonl":
+        raise DataError(f"{path}: supervised examples are read from .jsonl only")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    _check_template(tokenizer, chat_template)
+
+    def parse(row: Row) -> tuple[str, SupervisedExample]:
+        name, prompt, response = name_field(row, "id"), text_field(row, "prompt"), text_field(row, "response")
+        prompt_ids = _encode(Problem(name, None, prompt, ""), tokenizer, chat_template, None)
+        response_ids = _tokenize(response, tokenizer, name)
+        return name, SupervisedExample(name, prompt_ids, [*response_ids, tokenizer.eos_token_id])
+
+    return read_records(path, parse)
+
+
+def _dapo_problem(row: Row) -> tuple[str, Problem]:
+    source = text_field(row, "data_source")
+    name = f"{source}/{name_field(section_field(row, 'extra_info'), 'index', 'extra_info.')}"
+    answer = name_field(section_field(row, "reward_model"), "ground_truth", "reward_model.")
+    extra = {key: value for key, value in row.items() if key not in ("prompt", "reward_model")}
+    return name, Problem(name, _messages(row.get("prompt"), "prompt"), None, answer, extra)
+
+
+def _json_problem(row: Row, *, suffix: str) -> tuple[str, Problem]:
+    name, answer = name_field(row, "id"), name_field(row, "answer")
+    given = [key for key in _CONTENT_FIELDS if key in row]
+    if len(given) != 1:
+        raise FieldError(f"should have one of {', '.join(_CONTENT_FIELDS)}; has {' and '.join(given) or 'none'}")
+    (key,) = given
+    extra = {other: value for other, value in row.items() if other not in ("id", "answer", key)}
+    if key == "messages" or isinstance(row[key], list):
+        return name, Problem(name, _messages(row[key], key), None, answer, extra)
+    text = text_field(row, key)
+    return name, Problem(name, None, f"{text} {suffix}" if key == "problem" and suffix else text, answer, extra)
+
+
+def _messages(value: object, name: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise FieldError(f"{name} should be a list of messages {{role, content}}, at least one")
+    messages = []
+    for index, message in enumerate(value):
+        owner = f"{name}[{index}]"
+        if not isinstance(message, dict):
+            raise FieldError(f"{owner} should be a record {{role, content}}")
+        messages.append({key: text_field(message, key, f"{owner}.") for key in ("role", "content")})
+    if messages[-1]["role"] == "assistant":
+        raise FieldError(f"{name} ends with the assistant's message; the response should come after the user's")
+    return messages
+
+
+def _check_template(tokenizer: Any, chat_template: bool) -> None:
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template: set data.chat_template to false, or give a tokenizer that has one"
+        )
+
+
+def _encode(problem: Problem, tokenizer: Any, chat_template: bool, enable_thinking: bool | None) -> list[int]:
+    text = problem.text or ""
+    if chat_template:
+        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        messages = problem.messages or [{"role": "user", "content": text}]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+        except Exception as error:  # templates may raise anything
+            raise DataError(f"problem {problem.id!r}: the chat template refuses it ({error})") from error
+    elif problem.messages:
+        if [message["role"] for message in problem.messages] != ["user"]:
+            raise DataError(
+                f"problem {problem.id!r} is a conversation, which data.chat_template = false cannot render; "
+                "set it to true or give plain prompts"
+            )
+        text = problem.messages[0]["content"]
+    return _tokenize(text, tokenizer, problem.id)
+
+
+def _tokenize(text: str, tokenizer: Any, name: str) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise DataError(f"problem {name!r}: the tokenizer refuses {text!r:.60} ({error})") from error
+    if not ids:
+        raise DataError(f"problem {name!r}: {text!r:.60} has no tokens")
+    return ids

@@ -1,0 +1,32 @@
+"""Settings of the whole suite: one thread per process, strict warnings, GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, and inherited by the ranks that tests spawn: ranks with several spinning OpenMP threads
+# each slow one another down by an order of magnitude.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# The same examples in every run: a red build is reproducible, and a green one stays green.
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=100, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A collective that autograd cannot see gives silently wrong gradients.
+    config.addinivalue_line("filterwarnings", "error:.*autograd kernel was not registered.*:UserWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,397 @@
+"""Is a vocab-parallel implementation the dense one, in value *and in gradient*?
+
+The bugs this looks for leave the loss right and only the gradient wrong, so every check compares both, rank by rank,
+with a dense float64 reference on one process. `parity` runs on the ranks; it takes the implementation as an argument,
+so that the same checker can be shown to fail on broken ones (test_planted_bugs.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from megatron_bpdg.config.schema import ObjectiveConfig
+from megatron_bpdg.drift import FixedBlocks, Gate, no_reduce
+from megatron_bpdg.objectives.objective import TeacherSignal, build_objective
+from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps
+from megatron_bpdg.parallel.sequence import sum_over
+from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
+
+MakeOps = Callable[[Tensor, int, TokenLayout, float], VocabOps]
+"""(logits shard, true vocabulary size, layout, temperature) -> operations; `ParallelVocab` is one."""
+
+JUNK = 1e4
+"""What padding columns hold: large enough to own any softmax that it gets into."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: N rows in two sequences, K support ids.
+
+    Attributes:
+        vocab: true vocabulary size.
+        divisor: each shard's width is a multiple of it, which makes padding, and shards of padding alone.
+        support: how ids are chosen: anywhere, all on the last shard, on every shard, the first and last id of every
+            shard, or with repeats.
+        impossible: ids whose logit is -inf for the student and the teacher alike, or for the student alone.
+        nan_row: this row's logits hold a NaN on one shard.
+        masked: rows that do not count.
+    """
+
+    vocab: int = 16
+    rows: int = 8
+    k: int = 4
+    divisor: int = 1
+    support: str = "anywhere"
+    impossible_both: tuple[int, ...] = ()
+    impossible_student: tuple[int, ...] = ()
+    nan_row: int | None = None
+    masked: tuple[int, ...] = ()
+    temperature: float = 1.0
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def width(self, shards: int) -> int:
+        return -(-self.vocab // (shards * self.divisor)) * self.divisor
+
+
+CASES: dict[str, Case] = {
+    "anywhere": Case(temperature=0.7),
+    "one_shard": Case(support="last_shard"),
+    "every_shard": Case(support="every_shard"),
+    "edges": Case(support="edges"),
+    "repeats": Case(support="repeats"),
+    "padded": Case(vocab=11, k=3, seed=1),
+    "shard_of_padding": Case(vocab=3, divisor=4, k=2, seed=2),
+    "some_masked": Case(masked=(0, 3, 6), seed=3),
+    "all_masked": Case(masked=tuple(range(8))),
+    "impossible_ids": Case(impossible_both=(1, 9, 15), seed=4),
+    "impossible_for_student": Case(impossible_student=(2, 12), seed=5),
+    "nan_row": Case(nan_row=2, seed=6),
+    "nan_row_masked": Case(nan_row=2, masked=(2,), seed=6),
+    "no_rows": Case(rows=0),
+    "complete_support": Case(vocab=5, k=5, temperature=1.3),
+    "all_but_one": Case(vocab=5, k=4),
+    "float32": Case(dtype=torch.float32, vocab=11, k=3),
+    "bfloat16": Case(dtype=torch.bfloat16, vocab=11, k=3),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A case's tensors, whole, the same on every rank and for every number of ranks. V excludes padding."""
+
+    student_NV: Tensor
+    teacher_NV: Tensor
+    sampled_N: Tensor
+    support_NK: Tensor
+    old_logprobs_N: Tensor
+    mask_N: Tensor
+    weight_N: Tensor
+    coefficient_NV: Tensor
+    sequence_N: Tensor
+    block_N: Tensor
+
+
+def build_inputs(case: Case, shards: int) -> Inputs:
+    generator = torch.Generator().manual_seed(case.seed)
+    n, v = case.rows, case.vocab
+
+    def normal(*shape: int) -> Tensor:
+        return 2.0 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student_NV, teacher_NV = (normal(n, v).to(case.dtype) for _ in range(2))
+    student_NV[:, list(case.impossible_both + case.impossible_student)] = -math.inf
+    teacher_NV[:, list(case.impossible_both)] = -math.inf
+    if case.nan_row is not None:
+        student_NV[case.nan_row, 0] = math.nan
+
+    width = case.width(shards)
+    edges = [e for s in range(shards) for e in (s * width, min((s + 1) * width, v) - 1) if s * width < v]
+    allowed = [i for i in range(v) if i not in case.impossible_both + case.impossible_student]
+    shuffled_NV = torch.rand(n, v, generator=generator).argsort(-1)
+    if case.support == "edges":
+        support_NK = torch.tensor(sorted(set(edges))).expand(n, -1)
+    elif case.support == "last_shard":
+        support_NK = shuffled_NV[:, : case.k] % min(width, 4) + (v - min(width, 4))
+        support_NK = torch.stack([row.unique()[:2] if len(row.unique()) > 1 else row[:2] for row in support_NK])
+    elif case.support == "every_shard":
+        support_NK = torch.stack([shuffled_NV[:, s] % width + s * width for s in range(shards)], dim=1)
+    elif case.support == "repeats":
+        support_NK = shuffled_NV[:, [0, 1, 0, 2, 1]]
+    else:
+        support_NK = shuffled_NV[:, : case.k]
+    pool = sorted(set(edges)) if case.support == "edges" else allowed
+    sampled_N = torch.tensor([pool[(3 * i + 1) % len(pool)] for i in range(n)], dtype=torch.int64)
+
+    mask_N = torch.ones(n, dtype=torch.bool)
+    mask_N[list(case.masked)] = False
+    sequence_N = (torch.arange(n) >= 5).long()
+    block_N = torch.cat([FixedBlocks(3)(torch.zeros(min(n, 5))), FixedBlocks(3)(torch.zeros(max(n - 5, 0))) + 2])
+    # The behaviour policy is an earlier student: near enough for both sides of the clip to occur.
+    earlier = DenseVocab(student_NV.double().nan_to_num(0.0) + 0.2 * normal(n, v), v, case.temperature)
+    return Inputs(
+        student_NV=student_NV,
+        teacher_NV=teacher_NV,
+        sampled_N=sampled_N,
+        support_NK=support_NK,
+        old_logprobs_N=earlier.logprob(sampled_N).nan_to_num(neginf=-9.0),
+        mask_N=mask_N,
+        weight_N=normal(n),
+        coefficient_NV=normal(n, v),
+        sequence_N=sequence_N,
+        block_N=block_N,
+    )
+
+
+@dataclass(frozen=True)
+class View:
+    """What a check sees: a student's operations, the teacher's signal, and the inputs cut to this rank's rows."""
+
+    student: VocabOps
+    teacher: VocabOps
+    inputs: Inputs
+    columns: slice
+    reduce: Callable[[Tensor], Tensor]
+
+    def rows(self, name: str) -> Tensor:
+        return self.student.rows(getattr(self.inputs, name))
+
+    @torch.no_grad()
+    def signal(self) -> TeacherSignal:
+        support_NK = self.inputs.support_NK
+        support_logprobs = self.teacher.gather(support_NK) - self.teacher.logsumexp()[:, None]
+        return TeacherSignal(self.teacher.logprob(self.inputs.sampled_N), support_NK, support_logprobs, self.teacher)
+
+
+Check = Callable[[View], Tensor]
+"""A per-token result, one value per row of this rank."""
+
+
+def _weighted_log_softmax(view: View) -> Tensor:
+    log_p = view.student.log_softmax()
+    log_p = torch.where(log_p == -torch.inf, 0.0, log_p)
+    return view.student.vocab_sum(log_p * view.inputs.coefficient_NV[:, view.columns].to(log_p.dtype))
+
+
+def _weighted_gather(view: View) -> Tensor:
+    logits_nK = view.student.gather(view.inputs.support_NK)
+    coefficient_nK = view.rows("coefficient_NV")[:, :1] + torch.arange(logits_nK.shape[1])
+    return (torch.where(logits_nK == -torch.inf, 0.0, logits_nK) * coefficient_nK.to(logits_nK.dtype)).sum(-1)
+
+
+def _unnormalised_topk_kl(view: View) -> Tensor:
+    """Forward KL over the support alone, of a teacher whose mass on it is below 1: sum_S q (log q - log pi)."""
+    log_q = view.signal().support_logprobs_nK
+    assert log_q is not None
+    log_p = view.student.gather(view.inputs.support_NK) - view.student.logsumexp()[:, None]
+    possible = (log_q > -torch.inf) & (log_p != -torch.inf)
+    return (log_q.exp() * torch.where(possible, log_q - log_p, 0.0)).sum(-1)
+
+
+OPERATIONS: dict[str, Check] = {
+    "logsumexp": lambda view: view.student.logsumexp(),
+    "logprob": lambda view: view.student.logprob(view.inputs.sampled_N),
+    "gather": _weighted_gather,
+    "entropy": lambda view: view.student.entropy(),
+    "log_softmax": _weighted_log_softmax,
+    "unnormalised_topk_kl": _unnormalised_topk_kl,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sampled_token": {"name": "sampled_token"},
+    "sampled_token_online": {"name": "sampled_token", "advantage": "online", "advantage_clamp": 5.0},
+    "lsm": {"name": "lsm"},
+    "lsm_appended": {"name": "lsm", "append_sampled": True},
+    "lsm_tail": {"name": "lsm", "outside": "tail_bucket"},
+    "lsm_tail_appended": {"name": "lsm", "outside": "tail_bucket", "append_sampled": True},
+    "lsm_forward": {"name": "lsm", "divergence": "forward_kl"},
+    "lsm_jsd": {"name": "lsm", "divergence": "jsd", "outside": "tail_bucket"},
+    "forward_kl": {"name": "forward_kl"},
+    "reverse_kl": {"name": "reverse_kl"},
+    "jsd": {"name": "jsd", "jsd_beta": 0.3},
+}
+
+
+def objective_check(config: dict[str, Any]) -> Check:
+    objective = build_objective(TypeAdapter(ObjectiveConfig).validate_python(config))
+
+    def check(view: View) -> Tensor:
+        with torch.set_grad_enabled(objective.differentiates_logprob):
+            logprobs_n = view.student.logprob(view.inputs.sampled_N)
+        old_logprobs_n = view.rows("old_logprobs_N").to(logprobs_n.dtype)
+        return objective(view.student, view.inputs.sampled_N, logprobs_n, old_logprobs_n, view.signal())
+
+    return check
+
+
+OBJECTIVES: dict[str, Check] = {name: objective_check(config) for name, config in CONFIGS.items()}
+
+
+def gated_check(base: str, gate: Gate) -> Check:
+    """The base objective under the gate, over this micro-batch's mass."""
+
+    def check(view: View) -> Tensor:
+        mask_n = view.rows("mask_N")
+        gated = gate(
+            view.student.logprob(view.inputs.sampled_N),
+            view.rows("old_logprobs_N"),
+            mask_n,
+            view.rows("block_N"),
+            4,
+            view.rows("sequence_N"),
+            2,
+            view.reduce,
+        )
+        # Replicated rows are each rank's own whole batch; scattered shares add up. `reduce` knows which.
+        mass = view.reduce(gated.mass.clone()).clamp(min=1e-300)
+        loss_n = torch.where(mask_n, OBJECTIVES[base](view), 0.0)
+        return gated.weight_N * loss_n / mass.to(loss_n.dtype)
+
+    return check
+
+
+GATED: dict[str, Check] = {
+    f"gated_{base}_{scope}": gated_check(base, Gate(unit_mean=scope, aggregator=aggregator))  # type: ignore[arg-type]
+    for base, scope, aggregator in (
+        ("sampled_token", "global", "abs_mean"),
+        ("lsm", "global", "rms"),
+        ("lsm_tail", "sequence", "k3"),
+        ("reverse_kl", "microbatch", "mean_abs"),
+    )
+}
+CHECKS: dict[str, Check] = {**OPERATIONS, **OBJECTIVES, **GATED}
+
+# Infinite by definition where the student excludes what the teacher allows; inf - inf has no gradient to compare.
+_INFINITE = {"forward_kl", "lsm_forward"}
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest differences from the dense reference, relative to the reference's own size where that exceeds 1."""
+
+    value: float
+    gradient: float
+    modified: bool = False
+
+    def within(self, tolerance: float) -> bool:
+        return self.value <= tolerance and self.gradient <= tolerance and not self.modified
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Infinite where the two do not have the same infinities and NaNs."""
+    if actual.shape != expected.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    actual, expected = actual.double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.equal(actual[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0)):
+        return math.inf
+    if not bool(actual[finite].isfinite().all()):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    scale = max(1.0, float(expected[finite].abs().max()))
+    return float((actual[finite] - expected[finite]).abs().max()) / scale
+
+
+def _loss(per_token: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """A sum in which every row has an upstream gradient of its own."""
+    return (torch.where(mask, per_token, 0.0) * weight.to(per_token.dtype)).sum()
+
+
+def run_check(check: Check, case: Case, layout: TokenLayout, make_ops: MakeOps) -> Error:
+    inputs = build_inputs(case, layout.size)
+
+    whole = inputs.student_NV.double().requires_grad_()
+    dense = View(
+        DenseVocab(whole, case.vocab, case.temperature),
+        DenseVocab(inputs.teacher_NV.double(), case.vocab, case.temperature),
+        inputs,
+        slice(None),
+        no_reduce,
+    )
+    expected_N = check(dense)
+    _loss(expected_N, inputs.weight_N, inputs.mask_N).backward()
+    assert whole.grad is not None
+
+    width = case.width(layout.size)
+    columns = slice(layout.rank * width, min((layout.rank + 1) * width, case.vocab))
+
+    def shard(logits_NV: Tensor) -> Tensor:
+        mine = logits_NV[:, columns]
+        return torch.cat([mine, mine.new_full((len(mine), width - mine.shape[1]), JUNK)], dim=1)
+
+    mine = shard(inputs.student_NV).requires_grad_()
+    before = mine.detach().clone()
+    student = make_ops(mine, case.vocab, layout, case.temperature)
+    teacher = ParallelVocab(shard(inputs.teacher_NV), case.vocab, layout, case.temperature)
+    view = View(student, teacher, inputs, columns, sum_over([layout.group]) if layout.scattered else no_reduce)
+    actual_n = check(view)
+    _loss(actual_n, view.rows("weight_N"), view.rows("mask_N")).backward()
+
+    expected_grad = torch.zeros(len(before), width, dtype=torch.float64)
+    expected_grad[:, : columns.stop - columns.start if columns.stop > columns.start else 0] = whole.grad[:, columns]
+    actual_grad = mine.grad if mine.grad is not None else torch.zeros_like(before)
+    return Error(
+        value=difference(actual_n.detach(), layout.rows(expected_N.detach())),
+        gradient=difference(actual_grad, expected_grad),
+        modified=not torch.equal(mine.detach().nan_to_num(7.0), before.nan_to_num(7.0)),
+    )
+
+
+def applicable(checks: Mapping[str, Check], case: Case) -> Iterator[tuple[str, Check]]:
+    for name, check in checks.items():
+        if case.impossible_student and name in _INFINITE:
+            continue
+        yield name, check
+
+
+def parity(
+    cases: Iterable[str],
+    make_ops: MakeOps = ParallelVocab,
+    layout_type: type[TokenLayout] = TokenLayout,
+    checks: Mapping[str, Check] = CHECKS,
+) -> dict[tuple[str, str, str], Error]:
+    """This rank's errors by (case, replicated | scattered, check), over the default process group."""
+    group = dist.group.WORLD
+    assert group is not None
+    return {
+        (case, "scattered" if scattered else "replicated", name): run_check(
+            check, CASES[case], layout_type(group, scattered), make_ops
+        )
+        for case in cases
+        for scattered in (False, True)
+        for name, check in applicable(checks, CASES[case])
+    }
+
+
+def worst(ranks: Iterable[Mapping[Any, Error]]) -> dict[Any, Error]:
+    """The worst of all ranks, entry by entry."""
+    merged: dict[Any, list[Error]] = {}
+    for errors in ranks:
+        for key, error in errors.items():
+            merged.setdefault(key, []).append(error)
+    return {
+        key: Error(
+            max(e.value for e in errors), max(e.gradient for e in errors), any(e.modified for e in errors)
+        )
+        for key, errors in merged.items()
+    }
+
+
+def tolerance(case: Case, check: str) -> float:
+    """Rounding only. The gate's drift and weights are float32 by design; bfloat16 gradients are stored in bfloat16."""
+    if case.dtype == torch.bfloat16:
+        return 8e-3
+    if case.dtype == torch.float32:
+        return 2e-5
+    return 1e-6 if check in GATED else 1e-12
