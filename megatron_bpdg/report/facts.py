@@ -107,4 +107,8 @@ def warnings_card(runs: list[Run]) -> str:
         for run in runs
         for name, steps in run.nonfinite.items()
     ]
+    for run in runs:
+        empty = [value for value in run.series("rollout/empty")[1].tolist() if value > 0]
+        if empty:
+            lines.append(f"{run.name}: {sum(empty):.0f} empty responses were dropped, over {len(empty)} steps")
     return f'<section class="warning">{"<br>".join(map(escape, lines))}</section>' if lines else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_bpdg.evaluation.bootstrap import Interval
 from megatron_bpdg.report.facts import headline, run_facts, warnings_card
 from megatron_bpdg.report.heatmap import heatmap_figure
-from megatron_bpdg.report.passk import Comparison, before_and_after, compare, points
+from megatron_bpdg.report.passk import Comparison, before_and_after, comparison, points
 from megatron_bpdg.report.plots import (
     Curve,
     Panel,
@@ -30,19 +31,19 @@ REPORT_FILE = "report.html"
 _SAMPLE_CHARACTERS = 4000
 
 
-def write_report(run_dir: Path, compare_with: list[Path] | None = None) -> Path:
+def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
     """Write `run_dir/report.html` and return its path.
 
     Args:
         run_dir: a run's directory: config.yaml, metrics.jsonl, drift.jsonl, eval.jsonl, samples.jsonl; any may be
             missing, its section then says so.
-        compare_with: directories of further runs to draw into the same figures.
+        compare: directories of further runs to draw into the same figures.
 
     Raises:
         FileNotFoundError: a directory holds no run.
         ValueError: a damaged file, or the same run given twice.
     """
-    runs = load_runs(run_dir, compare_with or [])
+    runs = load_runs(run_dir, list(compare))
     destination = run_dir / REPORT_FILE
     temporary = destination.with_name(f".{REPORT_FILE}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
@@ -176,7 +177,7 @@ def _run_table(runs: list[Run]) -> str:
                 history, reference = run.evaluations(benchmark), base.evaluations(benchmark)
                 if not history or history[-1].samples < k:
                     continue
-                row = compare(reference[-1] if reference else history[-1], history[-1], k)
+                row = comparison(reference[-1] if reference else history[-1], history[-1], k)
                 against = "" if run is base or not reference else _difference(row.difference)
                 rows.append(
                     [

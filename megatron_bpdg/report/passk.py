@@ -38,7 +38,7 @@ def estimate(result: EvalResult, k: int) -> Interval:
     return bootstrap(result.correct, result.samples, k)
 
 
-def compare(before: EvalResult, after: EvalResult, k: int) -> Comparison:
+def comparison(before: EvalResult, after: EvalResult, k: int) -> Comparison:
     """Both values and their paired difference."""
     return Comparison(
         benchmark=after.benchmark,
@@ -54,7 +54,7 @@ def compare(before: EvalResult, after: EvalResult, k: int) -> Comparison:
 def before_and_after(run: Run) -> list[Comparison]:
     """First against last evaluation, by benchmark and k; benchmarks evaluated only once are left out."""
     histories = [run.evaluations(benchmark) for benchmark in run.benchmarks]
-    return [compare(history[0], history[-1], k) for history in histories if len(history) > 1 for k in run.ks]
+    return [comparison(history[0], history[-1], k) for history in histories if len(history) > 1 for k in run.ks]
 
 
 def summary_rows(run: Run) -> list[dict[str, object]]:

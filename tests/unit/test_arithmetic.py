@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, final_answer, make_arithmetic
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
+from megatron_bpdg.data.graders import grade_exact
 from megatron_bpdg.models.hf_config import write_qwen3_config
 from megatron_bpdg.models.qwen3 import Qwen3Shape
 
@@ -63,7 +64,7 @@ def test_dataset_files(tmp_path: Path) -> None:
     assert len(set(prompts)) == 350
     assert len({row["id"] for row in train + test}) == 350
     assert [(row["id"], row["prompt"]) for row in sft] == [(row["id"], row["prompt"]) for row in train]
-    assert [final_answer(row["response"]) for row in sft] == [row["answer"] for row in train]
+    assert all(grade_exact(row["response"], problem["answer"]) for row, problem in zip(sft, train))
     assert all(int(row["answer"]) == eval(row["prompt"][:-1]) % 100 for row in test)
 
 

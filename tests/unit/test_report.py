@@ -107,15 +107,16 @@ def test_absent_parts_say_so(tmp_path: Path) -> None:
         assert line in page, line
 
 
-def test_nonfinite_values_are_announced(tmp_path: Path) -> None:
+def test_nonfinite_values_and_empty_responses_are_announced(tmp_path: Path) -> None:
     lines = [
-        {"step": 1, "time": 1.0, "loss/opd": 1.0},
+        {"step": 1, "time": 1.0, "loss/opd": 1.0, "rollout/empty": 3.0},
         {"step": 2, "time": 2.0, "loss/opd": None, "nonfinite": ["loss/opd"]},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report(tmp_path).read_text()
     assert "loss/opd was not finite at 1 step (2)" in page
     assert ">not finite</text>" in page
+    assert "3 empty responses were dropped, over 1 steps" in page
 
 
 def test_not_a_run(tmp_path: Path) -> None:
