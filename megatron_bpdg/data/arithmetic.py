@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+from megatron_bpdg.data.char_tokenizer import build_char_tokenizer, write_char_tokenizer
+from megatron_bpdg.models.hf_config import write_qwen3_config
 
 ALPHABET = "0123456789+-=#\n"
 _PROMPT = re.compile(r"\d+([+-]\d+)+=")
@@ -91,9 +92,24 @@ class ArithmeticTask:
         """
         if not _PROMPT.fullmatch(prompt):
             raise ValueError(f"prompt {prompt!r} is not a chain like '37+8-5='")
-        value = int(re.split("[+-]", prompt, maxsplit=1)[0])
+        start = int(re.split("[+-]", prompt, maxsplit=1)[0])
+        return self._finish(start, _OPERAND.findall(prompt))
+
+    def recover(self, prompt: str, rng: random.Random) -> tuple[str, str]:
+        """A slip and how to go on from it: (worked lines up to a random wrong result, the right rest).
+
+        The rest is consistent with the wrong value, so its answer is not the prompt's.
+        """
+        *lines, _ = self.solve(prompt).splitlines(keepends=True)
+        slip = rng.randrange(len(lines))
+        left, right = lines[slip].rstrip("\n").split("=")
+        wrong = (int(right) + rng.randrange(1, self.modulus)) % self.modulus
+        rest = self._finish(wrong, _OPERAND.findall(prompt)[slip + 1 :])
+        return f"{''.join(lines[:slip])}{left}={wrong}\n", rest
+
+    def _finish(self, value: int, operands: list[tuple[str, str]]) -> str:
         lines = []
-        for sign, operand in _OPERAND.findall(prompt):
+        for sign, operand in operands:
             result = (value + int(sign + operand)) % self.modulus
             lines.append(f"{value}{sign}{operand}={result}\n")
             value = result
@@ -111,10 +127,12 @@ def make_arithmetic(
     """Write the data of the embedded task; the same arguments give the same bytes.
 
     Files of `out_dir`: `train.jsonl` and `test.jsonl` with {id, prompt, answer}, no prompt twice within or across them;
-    `sft.jsonl` with {id, prompt, response}, the worked traces of the training prompts; `tokenizer/`.
+    `sft.jsonl` with {id, prompt, response}, the worked traces of the training prompts; `sft_recovery.jsonl`, the same
+    with a slip in every second one, put into the prompt so that only the right rest is learned; `tokenizer/`.
+    A teacher trained on right traces alone has little to say about a student's mistakes.
 
     Returns:
-        Paths by name: train, test, sft, tokenizer.
+        Paths by name: train, test, sft, sft_recovery, tokenizer.
 
     Raises:
         ValueError: a negative count, or more prompts asked for than half of those the task has.
@@ -139,7 +157,7 @@ def make_arithmetic(
         raise AssertionError(f"{len(overlap)} prompts are in both splits, e.g. {min(overlap)!r}")
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths = {name: out_dir / f"{name}.jsonl" for name in ("train", "test", "sft")}
+    paths = {name: out_dir / f"{name}.jsonl" for name in ("train", "test", "sft", "sft_recovery")}
     for name, split in (("train", train), ("test", test)):
         _write_jsonl(
             paths[name],
@@ -155,9 +173,47 @@ def make_arithmetic(
             for index, prompt in enumerate(train)
         ),
     )
+    _write_jsonl(paths["sft_recovery"], (_with_slip(task, rng, i, prompt) for i, prompt in enumerate(train)))
     paths["tokenizer"] = out_dir / "tokenizer"
     write_char_tokenizer(paths["tokenizer"], ALPHABET)
     return paths
+
+
+# The embedded default: short chains of one-digit operands, which a small model learns in minutes on a laptop.
+QUICKSTART = ArithmeticTask(min_operands=3, max_operands=4, operand_digits=1, value_digits=2)
+
+
+def make_quickstart(out_dir: Path, seed: int, num_train: int, num_test: int) -> None:
+    """The embedded default's data (`make_arithmetic`) and the shapes of its two models.
+
+    ``teacher/config.json`` describes a 4-layer Qwen3, ``student/config.json`` a 2-layer one with tied embeddings.
+    """
+    make_arithmetic(out_dir, seed, num_train, num_test, QUICKSTART)
+    tokenizer = build_char_tokenizer(ALPHABET)
+    for name, layers, tied in (("teacher", 4, False), ("student", 2, True)):
+        folder = out_dir / name
+        folder.mkdir(exist_ok=True)
+        write_qwen3_config(
+            folder / "config.json",
+            layers=layers,
+            hidden=128,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            ffn=256,
+            vocab_size=len(tokenizer),
+            tied=tied,
+            max_positions=256,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+
+def _with_slip(task: ArithmeticTask, rng: random.Random, index: int, prompt: str) -> dict[str, str]:
+    if index % 2:
+        slip, rest = task.recover(prompt, rng)
+        return {"id": f"train-{index}-slip", "prompt": prompt + slip, "response": rest}
+    return {"id": f"train-{index}", "prompt": prompt, "response": task.solve(prompt)}
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -159,7 +159,7 @@ class ParallelVocab:
         values = torch.cat(candidates, dim=1)
         filler = torch.sort(ids < 0, dim=1, stable=True).indices
         values, ids = values.gather(1, filler), ids.gather(1, filler)
-        order = torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
+        order = torch.sort(values.float(), dim=1, descending=True, stable=True).indices[:, :k]
         return self.rows(values.gather(1, order)), self.rows(ids.gather(1, order))
 
     def entropy(self) -> Tensor:

@@ -25,7 +25,7 @@ from megatron_bpdg.config.schema import (
     TokenPartition,
 )
 from megatron_bpdg.data.graders import Grader, get_grader
-from megatron_bpdg.data.prompts import Problem, encode_prompts, load_problems, load_sft
+from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft
 from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
 from megatron_bpdg.drift.partition import token_partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
@@ -145,7 +145,7 @@ def build_supervised(cfg: RunConfig) -> tuple[Run, list[Trajectory]]:
     """Student and worked examples of a supervised run."""
     run = _build_student(cfg, cfg.training.steps)
     examples = []
-    for index, example in enumerate(load_sft(cfg.data.train, run.tokenizer)):
+    for index, example in enumerate(load_sft(cfg.data.train, run.tokenizer, chat_template=cfg.data.chat_template)):
         trajectory = Trajectory(
             problem=index,
             sample=0,
@@ -227,7 +227,7 @@ def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
 
 def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:
     """Read and tokenize the problems of a file as the config's data section says."""
-    problems: Sequence[Problem] = load_problems(path)[:limit]
+    problems: Sequence[Problem] = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
     encoded = encode_prompts(
         problems,
         tokenizer,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class View:
     def rows(self, name: str) -> Tensor:
         return self.student.rows(getattr(self.inputs, name))
 
-    @torch.no_grad()
+    @cached_property
     def signal(self) -> TeacherSignal:
         support_NK = self.inputs.support_NK
         support_logprobs = self.teacher.gather(support_NK) - self.teacher.logsumexp()[:, None]
@@ -188,7 +189,7 @@ def _weighted_gather(view: View) -> Tensor:
 
 def _unnormalised_topk_kl(view: View) -> Tensor:
     """Forward KL over the support alone, of a teacher whose mass on it is below 1: sum_S q (log q - log pi)."""
-    log_q = view.signal().support_logprobs_nK
+    log_q = view.signal.support_logprobs_nK
     assert log_q is not None
     log_p = view.student.gather(view.inputs.support_NK) - view.student.logsumexp()[:, None]
     possible = (log_q > -torch.inf) & (log_p != -torch.inf)
@@ -226,7 +227,7 @@ def objective_check(config: dict[str, Any]) -> Check:
         with torch.set_grad_enabled(objective.differentiates_logprob):
             logprobs_n = view.student.logprob(view.inputs.sampled_N)
         old_logprobs_n = view.rows("old_logprobs_N").to(logprobs_n.dtype)
-        return objective(view.student, view.inputs.sampled_N, logprobs_n, old_logprobs_n, view.signal())
+        return objective(view.student, view.inputs.sampled_N, logprobs_n, old_logprobs_n, view.signal)
 
     return check
 
@@ -308,10 +309,12 @@ def _loss(per_token: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     return (torch.where(mask, per_token, 0.0) * weight.to(per_token.dtype)).sum()
 
 
-def run_check(check: Check, case: Case, layout: TokenLayout, make_ops: MakeOps) -> Error:
+def run_case(
+    case: Case, layout: TokenLayout, make_ops: MakeOps, checks: Iterable[tuple[str, Check]]
+) -> dict[str, Error]:
+    """Every check on one input. Operations are made once and asked many times, as a training step does."""
     inputs = build_inputs(case, layout.size)
-
-    whole = inputs.student_NV.double().requires_grad_()
+    whole = inputs.student_NV.detach().to(torch.float64, copy=True).requires_grad_()
     dense = View(
         DenseVocab(whole, case.vocab, case.temperature),
         DenseVocab(inputs.teacher_NV.double(), case.vocab, case.temperature),
@@ -319,9 +322,6 @@ def run_check(check: Check, case: Case, layout: TokenLayout, make_ops: MakeOps) 
         slice(None),
         no_reduce,
     )
-    expected_N = check(dense)
-    _loss(expected_N, inputs.weight_N, inputs.mask_N).backward()
-    assert whole.grad is not None
 
     width = case.width(layout.size)
     columns = slice(layout.rank * width, min((layout.rank + 1) * width, case.vocab))
@@ -332,25 +332,36 @@ def run_check(check: Check, case: Case, layout: TokenLayout, make_ops: MakeOps) 
 
     mine = shard(inputs.student_NV).requires_grad_()
     before = mine.detach().clone()
-    student = make_ops(mine, case.vocab, layout, case.temperature)
-    teacher = ParallelVocab(
-        shard(inputs.teacher_NV), case.vocab, TokenLayout(layout.group, layout.scattered), case.temperature
+    true_layout = TokenLayout(layout.group, layout.scattered)
+    parallel = View(
+        make_ops(mine, case.vocab, layout, case.temperature),
+        ParallelVocab(shard(inputs.teacher_NV), case.vocab, true_layout, case.temperature),
+        inputs,
+        columns,
+        sum_over([layout.group]) if layout.scattered else no_reduce,
     )
-    view = View(student, teacher, inputs, columns, sum_over([layout.group]) if layout.scattered else no_reduce)
-    actual_n = check(view)
-    _loss(actual_n, view.rows("weight_N"), view.rows("mask_N")).backward()
 
-    expected_grad = torch.zeros(len(before), width, dtype=torch.float64)
-    expected_grad[:, : max(columns.stop - columns.start, 0)] = whole.grad[:, columns]
-    actual_grad = mine.grad if mine.grad is not None else torch.zeros_like(before)
-    if case.nan_row is not None and case.nan_row in case.masked:
-        # There, NaN and 0 are both right: 0 * NaN. What counts is that no other row sees it.
-        actual_grad[case.nan_row] = expected_grad[case.nan_row] = 0.0
-    return Error(
-        value=difference(actual_n.detach(), layout.rows(expected_N.detach())),
-        gradient=difference(actual_grad, expected_grad),
-        modified=not torch.equal(mine.detach().nan_to_num(7.0), before.nan_to_num(7.0)),
-    )
+    def run(check: Check, view: View, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        per_token = check(view)
+        loss = _loss(per_token, view.rows("weight_N"), view.rows("mask_N"))
+        (gradient,) = torch.autograd.grad(loss, logits_NV, retain_graph=True)
+        return per_token.detach(), gradient
+
+    errors = {}
+    for name, check in checks:
+        expected_N, whole_grad = run(check, dense, whole)
+        actual_n, actual_grad = run(check, parallel, mine)
+        expected_grad = torch.zeros(len(before), width, dtype=torch.float64)
+        expected_grad[:, : max(columns.stop - columns.start, 0)] = whole_grad[:, columns]
+        if case.nan_row is not None and case.nan_row in case.masked:
+            # There, NaN and 0 are both right: 0 * NaN. What counts is that no other row sees it.
+            actual_grad[case.nan_row] = expected_grad[case.nan_row] = 0.0
+        errors[name] = Error(
+            value=difference(actual_n, layout.rows(expected_N)),
+            gradient=difference(actual_grad, expected_grad),
+            modified=not torch.equal(mine.detach().nan_to_num(7.0), before.nan_to_num(7.0)),
+        )
+    return errors
 
 
 def applicable(checks: Mapping[str, Check], case: Case) -> Iterator[tuple[str, Check]]:
@@ -370,12 +381,12 @@ def parity(
     group = dist.group.WORLD
     assert group is not None
     return {
-        (case, "scattered" if scattered else "replicated", name): run_check(
-            check, CASES[case], layout_type(group, scattered), make_ops
-        )
+        (case, "scattered" if scattered else "replicated", name): error
         for case in cases
         for scattered in (False, True)
-        for name, check in applicable(checks, CASES[case])
+        for name, error in run_case(
+            CASES[case], layout_type(group, scattered), make_ops, applicable(checks, CASES[case])
+        ).items()
     }
 
 

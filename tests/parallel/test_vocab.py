@@ -48,7 +48,7 @@ def shard_of(logits_NV: Tensor, layout: TokenLayout) -> Tensor:
 
 
 def topk_agrees() -> dict[str, bool]:
-    """Values and ids, for every k, with ties within and across shards, and impossible logits."""
+    """Values and ids, with ties within and across shards, and impossible logits."""
     generator = torch.Generator().manual_seed(0)
     ties_NV = torch.randint(-2, 3, (8, 11), generator=generator).double()
     impossible_NV = torch.where(ties_NV == 1, -math.inf, ties_NV)
@@ -66,7 +66,7 @@ def topk_agrees() -> dict[str, bool]:
     }
     agrees = {}
     for name, logits_NV in inputs.items():
-        for layout, k in itertools.product(layouts(), range(1, 12)):
+        for layout, k in itertools.product(layouts(), (1, 3, 4, 11)):
             actual = ParallelVocab(shard_of(logits_NV, layout), 11, layout).topk(k)
             expected = DenseVocab(logits_NV, 11).topk(k)
             same = all(torch.equal(a, layout.rows(e)) for a, e in zip(actual, expected))
