@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="On-policy distillation with blockwise policy-drift gating on Megatron-Core.\n\n"
@@ -100,7 +101,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
     """Convert HF Qwen3 <-> Megatron torch_dist, byte for byte."""
-    from megatron_bpdg.checkpoint.verify import convert as run_convert
+    from megatron_bpdg.checkpoint.convert import convert as run_convert
 
     run_convert(source, target, verify=verify, overwrite=overwrite)
 
@@ -111,7 +112,7 @@ def report(
     compare: Annotated[list[Path] | None, typer.Option(help="Other runs to overlay; may be given several times.")] = None,
 ) -> None:
     """Write RUN/report.html: pass@k, loss, gates, the drift heat map."""
-    from megatron_bpdg.report import write_report
+    from megatron_bpdg.report.html import write_report
 
     console.print(f"report: {write_report(run, compare or [])}")
 
@@ -182,7 +183,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("BPDG_TRACEBACK"):
             raise
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-Path = Sequence[str | int]
+Location = Sequence[str | int]
 
 
 def explain(error: ErrorDetails, root: type[BaseModel], raw: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def explain(error: ErrorDetails, root: type[BaseModel], raw: Mapping[str, Any]) 
             return f"{name} = {_short(error['input'])}: {error['msg'].removeprefix('Input ')}"
 
 
-def section_at(root: type[BaseModel], raw: Mapping[str, Any], path: Path) -> type[BaseModel] | None:
+def section_at(root: type[BaseModel], raw: Mapping[str, Any], path: Location) -> type[BaseModel] | None:
     """The model that describes ``raw[path[0]][path[1]]...``; None where there is none or `raw` leaves it open."""
     model: type[BaseModel] | None = root
     node: Any = raw
@@ -69,7 +69,7 @@ def _tags(field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
     return get_args(model.model_fields[str(field.discriminator)].annotation)
 
 
-def _without_tags(location: Path, root: type[BaseModel]) -> list[str | int]:
+def _without_tags(location: Location, root: type[BaseModel]) -> list[str | int]:
     """Pydantic puts the chosen variant of a discriminated union into the location; the YAML has no such level."""
     path: list[str | int] = []
     models, field = [root], None
@@ -83,7 +83,7 @@ def _without_tags(location: Path, root: type[BaseModel]) -> list[str | int]:
     return path
 
 
-def _suggestion(root: type[BaseModel], raw: Mapping[str, Any], path: Path) -> str:
+def _suggestion(root: type[BaseModel], raw: Mapping[str, Any], path: Location) -> str:
     *parents, key = map(str, path)
     section = section_at(root, raw, parents)
     known = list(section.model_fields) if section else []
@@ -101,7 +101,7 @@ def _all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _all_fields(child, f"{prefix}{name}.")
 
 
-def _field_at(root: type[BaseModel], raw: Mapping[str, Any], path: Path) -> FieldInfo | None:
+def _field_at(root: type[BaseModel], raw: Mapping[str, Any], path: Location) -> FieldInfo | None:
     section = section_at(root, raw, path[:-1])
     return section.model_fields.get(str(path[-1])) if section else None
 

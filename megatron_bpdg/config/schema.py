@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values are immutable once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Layout(Section):
@@ -232,7 +232,7 @@ class RunConfig(Section):
 
     kind: Literal["opd", "sft"] = "opd"
     output: Path = Field(description="run directory; must be new or empty")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     layout: Layout = Layout()
     student: Model
     teacher: Teacher | None = None

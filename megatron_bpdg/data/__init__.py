@@ -1,0 +1,1 @@
+"""Problems, prompts as token ids, their order, graders, and the embedded task."""

@@ -186,21 +186,21 @@ QUICKSTART = ArithmeticTask(min_operands=3, max_operands=4, operand_digits=1, va
 def make_quickstart(out_dir: Path, seed: int, num_train: int, num_test: int) -> None:
     """The embedded default's data (`make_arithmetic`) and the shapes of its two models.
 
-    ``teacher/config.json`` describes a 4-layer Qwen3, ``student/config.json`` a 2-layer one with tied embeddings.
+    ``teacher/config.json`` describes a 4-layer Qwen3, ``student/config.json`` a narrower one with tied embeddings.
     """
     make_arithmetic(out_dir, seed, num_train, num_test, QUICKSTART)
     tokenizer = build_char_tokenizer(ALPHABET)
-    for name, layers, tied in (("teacher", 4, False), ("student", 2, True)):
+    for name, hidden, tied in (("teacher", 128, False), ("student", 96, True)):
         folder = out_dir / name
         folder.mkdir(exist_ok=True)
         write_qwen3_config(
             folder / "config.json",
-            layers=layers,
-            hidden=128,
+            layers=4,
+            hidden=hidden,
             heads=4,
             kv_heads=2,
-            head_dim=32,
-            ffn=256,
+            head_dim=hidden // 4,
+            ffn=2 * hidden,
             vocab_size=len(tokenizer),
             tied=tied,
             max_positions=256,

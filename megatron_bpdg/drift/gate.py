@@ -149,4 +149,3 @@ class Gate:
             weight_N = torch.where(mask_N, gate_N / mean_S[scope_N], 0.0)
             mass = mask_N.sum(dtype=torch.float64)
         return Gated(weight_N.float(), mass, gate_N.float(), drift_N, block_drift_S, count_S)
-

@@ -1,0 +1,1 @@
+"""pass@k of graded samples, with bootstrap intervals over problems."""

@@ -85,7 +85,9 @@ def evaluate_checkpoint(
         row: dict[str, object] = {"benchmark": result.benchmark, "problems": len(result.problem_ids)}
         for value in k:
             score = bootstrap(result.correct, samples, value)
-            row[f"pass@{value} %"] = f"{100 * result.pass_at(value):.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+            row[f"pass@{value} %"] = (
+                f"{100 * result.pass_at(value):.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+            )
         rows.append({**row, "truncated": result.truncated_fraction, "tokens": result.mean_response_tokens})
         if output is not None:
             append_eval(output, result)

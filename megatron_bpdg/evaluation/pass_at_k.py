@@ -61,6 +61,4 @@ def mean_pass_at_k(n: int, correct_P: Sequence[int] | NDArray[np.integer], k: in
 
 @lru_cache(maxsize=256)
 def _table(n: int, k: int) -> Floats:
-    table_C = np.array([pass_at_k(n, c, k) for c in range(n + 1)], dtype=np.float64)
-    table_C.flags.writeable = False
-    return table_C
+    return np.array([pass_at_k(n, c, k) for c in range(n + 1)], dtype=np.float64)

@@ -42,8 +42,13 @@ class TeacherNeeds:
 class Objective(Protocol):
     """A per-token loss."""
 
-    needs: TeacherNeeds
-    differentiates_logprob: bool
+    @property
+    def needs(self) -> TeacherNeeds: ...
+
+    @property
+    def differentiates_logprob(self) -> bool:
+        """Whether the gradient flows through `logprobs_n`."""
+        ...
 
     def __call__(
         self,

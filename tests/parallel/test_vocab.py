@@ -74,7 +74,7 @@ def topk_agrees() -> dict[str, bool]:
     return agrees
 
 
-def count_collectives(run: Callable[[], Tensor]) -> tuple[list[str], list[str]]:
+def count_collectives(run: Callable[[ParallelVocab], Tensor], ops: ParallelVocab) -> tuple[list[str], list[str]]:
     """Names of the collectives of a forward and of its backward."""
     calls: list[str] = []
 
@@ -91,7 +91,7 @@ def count_collectives(run: Callable[[], Tensor]) -> tuple[list[str], list[str]]:
         mock.patch.object(vocab, "_reduce_scatter", counted("reduce_scatter", vocab._reduce_scatter)),
         mock.patch.object(vocab, "_all_gather", counted("all_gather", vocab._all_gather)),
     ):
-        result = run()
+        result = run(ops)
         forward = list(calls)
         calls.clear()
         if result.requires_grad:
@@ -100,30 +100,26 @@ def count_collectives(run: Callable[[], Tensor]) -> tuple[list[str], list[str]]:
 
 
 def collectives() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
+    ids_N, ids_NK = torch.tensor([0, 9, 15, 3]), torch.tensor([[1, 8, 1]]).expand(4, -1)
+    runs: dict[str, Callable[[ParallelVocab], Tensor]] = {
+        "first logsumexp": lambda ops: ops.logsumexp(),
+        "logsumexp": lambda ops: ops.logsumexp(),
+        "logprob": lambda ops: ops.logprob(ids_N),
+        "gather": lambda ops: ops.gather(ids_NK),
+        "entropy": lambda ops: ops.entropy(),
+        "log_softmax": lambda ops: ops.log_softmax(),
+        "vocab_sum": lambda ops: ops.vocab_sum(ops.logits_NV),
+        "topk": lambda ops: ops.topk(3)[0],
+    }
+    # These never look at the log-sum-exp; for the others, its two collectives are paid beforehand.
+    cold = ("first logsumexp", "gather", "vocab_sum", "topk")
     counts = {}
-    for layout in layouts():
-
-        def ops(layout: TokenLayout = layout, warm: bool = True) -> ParallelVocab:
-            """With the log-sum-exp, which costs its collectives once, already there."""
-            logits_NV = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-            made = ParallelVocab(logits_NV, 16, layout)
-            if warm:
-                made.logsumexp()
-            return made
-
-        ids_N, ids_NK = torch.tensor([0, 9, 15, 3]), torch.tensor([[1, 8, 1]]).expand(4, -1)
-        runs: dict[str, Callable[[], Tensor]] = {
-            "first logsumexp": lambda made=ops(warm=False): made.logsumexp(),  # type: ignore[misc]
-            "logsumexp": lambda made=ops(): made.logsumexp(),  # type: ignore[misc]
-            "logprob": lambda made=ops(): made.logprob(ids_N),  # type: ignore[misc]
-            "gather": lambda made=ops(warm=False): made.gather(ids_NK),  # type: ignore[misc]
-            "entropy": lambda made=ops(): made.entropy(),  # type: ignore[misc]
-            "log_softmax": lambda made=ops(): made.log_softmax(),  # type: ignore[misc]
-            "vocab_sum": lambda made=ops(): made.vocab_sum(made.logits_NV),  # type: ignore[misc]
-            "topk": lambda made=ops(): made.topk(3)[0],  # type: ignore[misc]
-        }
-        for name, run in runs.items():
-            counts["scattered" if layout.scattered else "replicated", name] = count_collectives(run)
+    for layout, (name, run) in itertools.product(layouts(), runs.items()):
+        logits_NV = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        ops = ParallelVocab(logits_NV, 16, layout)
+        if name not in cold:
+            ops.logsumexp()
+        counts["scattered" if layout.scattered else "replicated", name] = count_collectives(run, ops)
     return counts
 
 
@@ -166,7 +162,7 @@ def gradchecks() -> dict[str, bool]:
     logits_NV = torch.randn(3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
     return {
         f"{name} scattered={layout.scattered}": torch.autograd.gradcheck(
-            lambda z, f=function, where=layout: f(ParallelVocab(z, 7, where, temperature=0.8)),  # type: ignore[misc]
+            lambda z, f=function, where=layout: f(ParallelVocab(z, 7, where, temperature=0.8)),
             (logits_NV,),
         )
         for name, function in functions.items()

@@ -222,10 +222,7 @@ def test_gradient_flows_through_the_current_student_only() -> None:
 
 def test_the_two_advantages_agree_on_policy() -> None:
     logp, teacher = normal(4), normal(4, seed=1)
-    losses = [
-        sampled_token_loss(logp, logp, teacher, advantage=name)  # type: ignore[arg-type]
-        for name in ("behaviour", "online")
-    ]
+    losses = [sampled_token_loss(logp, logp, teacher, advantage=name) for name in ("behaviour", "online")]
     assert torch.equal(*losses)
 
 
@@ -369,7 +366,7 @@ def test_appending_a_sample_inside_the_support_changes_nothing() -> None:
     logits.requires_grad_()
     inside = support[:, 2]
     for outside in ("renormalise", "tail_bucket"):
-        plain, appended = (lsm(logits, support, teacher, outside=outside, sampled=s) for s in (None, inside))  # type: ignore[arg-type]
+        plain, appended = (lsm(logits, support, teacher, outside=outside, sampled=s) for s in (None, inside))
         torch.testing.assert_close(appended, plain)
         torch.testing.assert_close(gradient(appended, logits), gradient(plain, logits))
 
@@ -430,7 +427,7 @@ def test_the_remaining_mass_is_floored_not_negative() -> None:
 OPERATIONS: dict[str, Callable[[DenseVocab], Tensor]] = {
     "logsumexp": lambda ops: ops.logsumexp(),
     "logprob": lambda ops: ops.logprob(torch.tensor([0, 3, 3, 8, 1])),
-    "gather": lambda ops: ops.gather(torch.tensor([[0, 0, 8]]).expand(N, -1)),
+    "gather": lambda ops: ops.gather(torch.tensor([[3, 3, 8]]).expand(N, -1)),
     "entropy": lambda ops: ops.entropy(),
     "vocab_sum": lambda ops: ops.vocab_sum(ops.log_softmax().square()),
 }
@@ -467,6 +464,19 @@ def test_entropy_with_impossible_ids() -> None:
     entropy = DenseVocab(logits, 3).entropy()
     assert entropy.tolist() == pytest.approx([math.log(2), 0.0])
     assert bool(gradient(entropy, logits).isfinite().all())
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_nan_stays_in_its_row(name: str) -> None:
+    clean = normal(N, V)
+    broken = clean.clone()
+    broken[2, 0] = math.nan
+    broken.requires_grad_()
+    actual = OPERATIONS[name](DenseVocab(broken, V))
+    assert actual.reshape(N, -1).isnan().any(1).tolist() == [False, False, name != "gather", False, False]
+    others = torch.arange(N) != 2
+    assert torch.equal(actual[others], OPERATIONS[name](DenseVocab(clean, V))[others])
+    assert bool(gradient(actual, broken)[others].isfinite().all())
 
 
 def test_half_precision_logits_are_computed_in_float32() -> None:
