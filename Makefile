@@ -24,7 +24,8 @@ quickstart: setup
 	$(BIN)/bpdg train examples/quickstart/teacher.yaml
 	$(BIN)/bpdg train examples/quickstart/student.yaml
 	$(BIN)/bpdg train examples/quickstart/opd.yaml
-	$(BIN)/bpdg report $(RUN)/opd
+	$(BIN)/bpdg train examples/quickstart/opd_sampled_token.yaml
+	$(BIN)/bpdg report $(RUN)/opd --compare $(RUN)/opd_sampled_token
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

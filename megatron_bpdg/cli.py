@@ -53,9 +53,9 @@ def train(
         if cfg.layout.world_size > 1:
             _launch(cfg.layout.world_size, ["train", str(config), *(overrides or [])])
             return
+    _quiet_libraries()
     from megatron_bpdg.training.loop import TRAINERS
 
-    _quiet_libraries()
     TRAINERS[cfg.kind](cfg)
 
 
@@ -75,10 +75,10 @@ def evaluate_command(
     output: Annotated[Path | None, typer.Option(help="Directory for eval.jsonl; default: print only.")] = None,
 ) -> None:
     """pass@k of a checkpoint, with bootstrap intervals over problems, sampled by the embedded engine."""
+    _quiet_libraries()
     from megatron_bpdg.config.schema import Sampling
     from megatron_bpdg.evaluation.command import evaluate_checkpoint
 
-    _quiet_libraries()
     evaluate_checkpoint(
         checkpoint,
         data,
@@ -95,7 +95,7 @@ def evaluate_command(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="HF directory or Megatron torch_dist checkpoint; told apart by content.")],
+    source: Annotated[Path, typer.Argument(help="HF directory or torch_dist checkpoint; told apart by content.")],
     target: Annotated[Path, typer.Argument(help="New directory.")],
     verify: Annotated[bool, typer.Option(help="Convert back and compare every byte.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
@@ -109,7 +109,7 @@ def convert(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory of `bpdg train`.")],
-    compare: Annotated[list[Path] | None, typer.Option(help="Other runs to overlay; may be given several times.")] = None,
+    compare: Annotated[list[Path] | None, typer.Option(help="Another run to overlay; repeatable.")] = None,
 ) -> None:
     """Write RUN/report.html: pass@k, loss, gates, the drift heat map."""
     from megatron_bpdg.report.html import write_report
@@ -138,7 +138,7 @@ def doctor() -> None:
 
 @task_app.command("arithmetic")
 def arithmetic(
-    output: Annotated[Path, typer.Argument(help="Directory for the splits, the traces, the tokenizer and two configs.")],
+    output: Annotated[Path, typer.Argument(help="Directory for splits, traces, tokenizer and two configs.")],
     seed: Annotated[int, typer.Option()] = 0,
     train_problems: Annotated[int, typer.Option(min=1)] = 20_000,
     test_problems: Annotated[int, typer.Option(min=1)] = 200,
@@ -174,6 +174,7 @@ def _quiet_libraries() -> None:
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def main() -> None:

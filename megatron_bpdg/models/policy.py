@@ -78,9 +78,7 @@ class MegatronPolicy:
         )
         return ParallelVocab(logits_NV, self.shape.vocab_size, TokenLayout(self.groups.tensor, scattered), temperature)
 
-    def forward_backward(
-        self, batches: Sequence[MicroBatch], loss: Callable[[Tensor, MicroBatch], Tensor]
-    ) -> None:
+    def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Tensor, MicroBatch], Tensor]) -> None:
         """Accumulate the gradient of the sum of `loss(hidden_SBH, batch)` over the micro-batches."""
 
         def loss_func(batch: MicroBatch, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

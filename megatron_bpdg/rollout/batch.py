@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class MicroBatch:
     teacher_full_NV: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -63,7 +64,9 @@ _PAYLOAD = {
 }
 
 
-def collate(trajectories: Sequence[Trajectory], *, pad_id: int, length_multiple: int, token_multiple: int) -> MicroBatch:
+def collate(
+    trajectories: Sequence[Trajectory], *, pad_id: int, length_multiple: int, token_multiple: int
+) -> MicroBatch:
     """Pad and flatten; an empty list gives a micro-batch that counts nothing.
 
     Ranks without trajectories in an optimizer step still have to take part in its collectives.

@@ -117,10 +117,9 @@ def build_run(cfg: RunConfig) -> Run:
     teacher_folder = hf_folder(cfg.teacher.checkpoint, "teacher.checkpoint")
     teacher_shape = Qwen3Shape.from_hf(read_hf_config(teacher_folder))
     _check_same_vocabulary(run, teacher_shape, teacher_folder)
-    if run.updater.objective.needs.top_k > teacher_shape.vocab_size:
-        raise ValueError(
-            f"objective.top_k = {run.updater.objective.needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}"
-        )
+    top_k = run.updater.objective.needs.top_k
+    if top_k > teacher_shape.vocab_size:
+        raise ValueError(f"objective.top_k = {top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
     teacher_model = build_model(teacher_shape, cfg.layout, DTYPES[cfg.teacher.dtype])
     load_weights([teacher_model], cfg.teacher.checkpoint)
     run._teacher = MegatronTeacher(
@@ -190,6 +189,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         module=module,
         updater=Updater(
             student,
+            module,
             optimizer,
             build_objective(cfg.objective),
             Gate(gate_config.tau, gate_config.aggregator, gate_config.unit_mean, gate_config.clip_min),
@@ -264,8 +264,8 @@ def _check_same_vocabulary(run: Run, teacher: Qwen3Shape, teacher_folder: Path) 
         tokenizer = AutoTokenizer.from_pretrained(teacher_folder, local_files_only=True)
         if different := set(run.tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()):
             raise ValueError(
-                f"student's and teacher's tokenizers give other ids to {len({token for token, _ in different})} tokens, "
-                f"such as {min(different)[0]!r}: they must be the same"
+                f"student's and teacher's tokenizers disagree on {len({token for token, _ in different})} tokens, such as "
+                f"{min(different)[0]!r}: they must be the same"
             )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -64,7 +64,8 @@ class Updater:
     """Gated updates of a student.
 
     Args:
-        policy: wrapped in Megatron-Core's DistributedDataParallel.
+        policy: the model.
+        module: the same model, wrapped for data parallelism.
         optimizer: of the same model.
         objective: per-token loss.
         gate: with tau = 0 for a run without one.
@@ -74,12 +75,14 @@ class Updater:
     def __init__(
         self,
         policy: MegatronPolicy,
+        module: DistributedDataParallel,
         optimizer: MegatronOptimizer,
         objective: Objective,
         gate: Gate,
         temperature: float,
     ) -> None:
         self.policy = policy
+        self.module = module
         self.optimizer = optimizer
         self.objective = objective
         self.gate = gate
@@ -106,8 +109,7 @@ class Updater:
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> StepReport:
         """Leave the exact gradient of the whole step's loss in the model's main gradients."""
-        module = self.policy.module
-        module.zero_grad_buffer()
+        self.module.zero_grad_buffer()
         self.optimizer.zero_grad()
         totals = self._no_totals()
 
@@ -118,12 +120,12 @@ class Updater:
             return loss_sum
 
         self.policy.forward_backward(batches, loss)
-        finalize_model_grads([module])
+        finalize_model_grads([self.module])
         # Every token is counted on exactly one rank of the world, so one sum makes the step's totals exact.
         dist.all_reduce(totals)
         named = dict(zip(_TOTALS, totals[: len(_TOTALS)].tolist()))
         _check_finite(named)
-        module.scale_gradients(1.0 / named["mass"])
+        self.module.scale_gradients(1.0 / named["mass"])
         drift = totals[len(_TOTALS) :].cpu()
         statistics = {
             "loss/opd": named["loss"] / named["mass"],
@@ -147,9 +149,7 @@ class Updater:
             logprobs_n = student.logprob(batch.sampled_N)
         mask_n = student.rows(batch.mask_N)
         teacher = self._teacher(student, batch)
-        old_logprobs_n = (
-            student.rows(batch.old_logprobs_N) if batch.old_logprobs_N is not None else logprobs_n.detach()
-        )
+        old_logprobs_n = student.rows(batch.old_logprobs_N) if batch.old_logprobs_N is not None else logprobs_n.detach()
 
         gated = self.gate(
             logprobs_n,

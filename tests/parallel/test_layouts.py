@@ -84,11 +84,12 @@ def run_layout(layout_fields: dict[str, Any], student_dir: str, teacher_dir: str
             for c in chunks
         ]
         # A large epsilon: Adam would turn the rounding of near-zero gradients into whole steps.
-        optimizer, _ = build_optimizer(module, layout, Training(lr=1e-3, adam_eps=1e-3), torch.float32, total_updates=10)
+        training = Training(lr=1e-3, adam_eps=1e-3)
+        optimizer, _ = build_optimizer(module, layout, training, torch.float32, total_updates=10)
         result: dict[str, Any] = {}
         weights = {name: p.detach().clone() for name, p in module.named_parameters()}
         for name in OBJECTIVES:
-            updater = Updater(student, optimizer, build_objective(objective_config(name)), GATE, TEMPERATURE)
+            updater = Updater(student, module, optimizer, build_objective(objective_config(name)), GATE, TEMPERATURE)
             report = updater.accumulate(batches)
             result[name] = {"statistics": report.statistics, "heat": (report.block_drift, report.block_tokens)}
             if not layout.distributed_optimizer:  # there, a rank holds only its part of the summed gradient
@@ -97,7 +98,7 @@ def run_layout(layout_fields: dict[str, Any], student_dir: str, teacher_dir: str
                 result[name]["gradients"] = dict(iter_hf_weights([module], config))
             for parameter_name, parameter in module.named_parameters():
                 parameter.data.copy_(weights[parameter_name])
-        updater = Updater(student, optimizer, build_objective(objective_config("lsm")), GATE, TEMPERATURE)
+        updater = Updater(student, module, optimizer, build_objective(objective_config("lsm")), GATE, TEMPERATURE)
         reports = [updater.update(batches) for _ in range(train_steps)]
         result["training"] = {
             "loss": [r.statistics["loss/opd"] for r in reports],
