@@ -90,7 +90,7 @@ class Gate:
     """The gate of arXiv 2606.24084 with its open choices as fields.
 
     Attributes:
-        tau: sharpness; 0 makes every gate exactly 1, which is how a run without a gate still measures its drift.
+        tau: sharpness; 0 makes every gate exactly 1 (for finite drift), which is how a run without a gate still measures its drift.
         aggregator: one of AGGREGATORS; the paper's is `abs_mean`.
         unit_mean: scope of the normalisation. `global` is exact over micro-batches and ranks in one pass.
         clip_min: lower bound on the raw gate.
@@ -106,6 +106,8 @@ class Gate:
             raise ValueError(f"Gate.aggregator {self.aggregator!r}: choose one of {', '.join(AGGREGATORS)}")
         if self.tau < 0:
             raise ValueError(f"Gate.tau must not be negative, got {self.tau}")
+        if not 0.0 <= self.clip_min <= 1.0:
+            raise ValueError(f"Gate.clip_min must lie in [0, 1], got {self.clip_min}")
         if self.unit_mean not in ("global", "sequence", "microbatch"):
             raise ValueError(f"Gate.unit_mean {self.unit_mean!r}: choose global, sequence or microbatch")
 

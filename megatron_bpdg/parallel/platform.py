@@ -88,6 +88,7 @@ def enable_cpu_platform() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("enable_cpu_platform: this machine has a CUDA device; run on it instead")
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
 
     def patch(owner: Any, name: str, replacement: Any) -> None:
         _originals[f"{owner.__name__}.{name}"] = (owner, name, getattr(owner, name))
@@ -100,7 +101,6 @@ def enable_cpu_platform() -> None:
     patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     patch(torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type))
 
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
     patch(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     patch(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights, save_weights
 from megatron_bpdg.config.schema import (
@@ -264,7 +265,7 @@ def _check_same_vocabulary(run: Run, teacher: Qwen3Shape, teacher_folder: Path) 
         tokenizer = AutoTokenizer.from_pretrained(teacher_folder, local_files_only=True)
         if different := set(run.tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()):
             raise ValueError(
-                f"student's and teacher's tokenizers disagree on {len({token for token, _ in different})} tokens, such as "
+                f"student's and teacher's tokenizers disagree on {len(different)} entries, such as "
                 f"{min(different)[0]!r}: they must be the same"
             )
 
@@ -273,12 +274,9 @@ def _fresh_checkpoint(cfg: RunConfig) -> Path:
     """Seeded weights for `student.init`, written once as an HF checkpoint that every rank then loads its part of."""
     assert cfg.student.init is not None
     folder = cfg.output / "init"
+    assert cfg.student.tokenizer is not None
     if dist.get_rank() == 0:
-        config = AutoConfig.from_pretrained(cfg.student.init, local_files_only=True)
-        with torch.random.fork_rng():
-            torch.manual_seed(cfg.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[cfg.student.dtype])
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(cfg.student.tokenizer, local_files_only=True).save_pretrained(folder)
+        dtype = DTYPES[cfg.student.dtype]
+        write_fresh_checkpoint(cfg.student.init, cfg.student.tokenizer, folder, seed=cfg.seed, dtype=dtype)
     dist.barrier()
     return folder

@@ -21,7 +21,6 @@ from megatron_bpdg.objectives.vocabulary import DenseVocab
 from megatron_bpdg.parallel import vocab
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
 from tests.parallel.parity import (
-    CASES,
     CHECKS,
     Check,
     Combine,
@@ -34,6 +33,7 @@ from tests.parallel.parity import (
     tolerance,
     worst,
 )
+from tests.parallel.parity_inputs import CASES
 from tests.parallel.spawn import run_ranks
 
 WORLD_SIZE = 2

@@ -17,9 +17,7 @@ from megatron_bpdg.objectives.vocabulary import DenseVocab
 from megatron_bpdg.parallel import vocab
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
 from tests.parallel.parity import (
-    CASES,
     CHECKS,
-    JUNK,
     Error,
     applicable,
     exact_normalisation,
@@ -28,6 +26,7 @@ from tests.parallel.parity import (
     tolerance,
     worst,
 )
+from tests.parallel.parity_inputs import CASES, JUNK
 from tests.parallel.spawn import run_ranks
 
 WORLD_SIZES = (1, 2, 4)
