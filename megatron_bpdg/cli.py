@@ -155,8 +155,15 @@ def report(
 ) -> None:
     """Write RUN/report.html: pass@k, loss, gates, the drift heat map."""
     from megatron_bpdg.report.html import write_report
+    from megatron_bpdg.report.passk import summary_rows
+    from megatron_bpdg.report.progress import summary_table
+    from megatron_bpdg.report.run import load_run
 
-    console.print(f"report: {write_report(run, compare or [])}")
+    page = write_report(run, compare or [])
+    rows = [{"run": path.name, **row} for path in [run, *(compare or [])] for row in summary_rows(load_run(path))]
+    if rows:
+        Console().print(summary_table(rows, title="pass@k in %, 95 % bootstrap intervals over problems"))
+    console.print(f"report: {page}")
 
 
 @app.command()
