@@ -42,9 +42,11 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
     """
     logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
     order_BV = None
-    probs_BV = logprobs_BV.double().exp()
-    if top_p < 1.0:
-        probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    if top_p == 1.0:
+        probs_BV = logprobs_BV.double().exp()
+    else:
+        sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+        probs_BV = sorted_BV.double().exp()
         before_BV = probs_BV.cumsum(-1) - probs_BV
         probs_BV = torch.where(before_BV < top_p, probs_BV, 0.0)
     cdf_BV = probs_BV.cumsum(-1)

@@ -154,13 +154,14 @@ def split(
     belongs to replica ``index % data_parallel`` for good, so a replica may have more or fewer of an update than
     another, or none (an empty micro-batch, so that it still takes part). The first epoch keeps the sampled order: the
     old log-probs are computed in the very micro-batches of the first update, which therefore has gates of exactly 1.
+    Where dropped responses leave fewer than there are mini-batches, there are fewer updates.
     """
     order = np.arange(len(trajectories))
     if epoch > 0:
         order = np.random.default_rng([cfg.seed, SHUFFLE, step, epoch]).permutation(order)
     size = cfg.training.micro_batch_size
     updates = []
-    for update in np.array_split(order, parts or cfg.training.minibatches):
+    for update in np.array_split(order, min(parts or cfg.training.minibatches, len(order))):
         mine = [trajectories[i] for i in update if i % student.groups.data_size == student.groups.data_rank]
         updates.append([mine[i : i + size] for i in range(0, len(mine), size)] or [[]])
     return updates

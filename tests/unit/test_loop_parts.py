@@ -1,0 +1,175 @@
+"""The loop's own decisions: who learns from which response in which update, and what happens to empty responses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.drift import FixedBlocks
+from megatron_bpdg.rollout.engine import Request, Response
+from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.training.loop import prepare, sample_rollouts, split, to_batches
+
+
+def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output": "unused",
+            "seed": seed,
+            "student": {"checkpoint": "unused"},
+            "teacher": {"checkpoint": "unused"},
+            "data": {"train": "unused"},
+            "rollout": {"prompts_per_step": 100, "samples_per_prompt": 2},
+            "objective": {"name": "sampled_token"},
+            "training": {"minibatches": minibatches, "micro_batch_size": micro_batch_size},
+        }
+    )
+
+
+def student(data_rank: int = 0, data_size: int = 1, vocab: int = 50) -> Any:
+    return SimpleNamespace(
+        groups=SimpleNamespace(data_rank=data_rank, data_size=data_size),
+        shape=SimpleNamespace(vocab_size=vocab),
+        layout=SimpleNamespace(tensor_parallel=1),
+        length_multiple=1,
+    )
+
+
+def responses(count: int, empty: tuple[int, ...] = ()) -> list[Trajectory]:
+    made = []
+    for index in range(count):
+        length = 0 if index in empty else 1 + index % 4
+        made.append(Trajectory(index, 0, [1], [2] * length, torch.full((length,), -1.0), finished=True))
+    return made
+
+
+def problems(chunks: list[list[Trajectory]]) -> list[int]:
+    return [t.problem for chunk in chunks for t in chunk]
+
+
+def updates_of(count: int, size: int, cfg: RunConfig, epoch: int, step: int = 1) -> list[list[list[int]]]:
+    """problems[replica][update]"""
+    batch = responses(count)
+    return [
+        [problems(update) for update in split(batch, cfg, student(rank, size), step, epoch)] for rank in range(size)
+    ]
+
+
+@given(
+    count=st.integers(1, 30),
+    size=st.integers(1, 4),
+    minibatches=st.integers(1, 5),
+    micro=st.integers(1, 6),
+    epoch=st.integers(0, 2),
+)
+def test_the_same_updates_whatever_the_layout(count: int, size: int, minibatches: int, micro: int, epoch: int) -> None:
+    cfg = config(minibatches, micro)
+    (whole,) = updates_of(count, 1, cfg, epoch)
+    replicas = updates_of(count, size, cfg, epoch)
+    assert len({len(updates) for updates in replicas}) == 1
+    for update, expected in enumerate(whole):
+        shares = [replica[update] for replica in replicas]
+        assert sorted(sum(shares, [])) == sorted(expected)
+        for rank, share in enumerate(shares):
+            # A replica keeps the order, and a response belongs to one replica for good: its teacher payload is there.
+            assert share == [problem for problem in expected if problem % size == rank]
+    assert sorted(sum(whole, [])) == list(range(count))
+    assert all(expected for expected in whole), "an update without a single response has no defined loss"
+
+
+def test_the_first_epoch_keeps_the_sampled_order_and_later_ones_shuffle_reproducibly() -> None:
+    cfg = config(minibatches=2)
+    (first,) = updates_of(20, 1, cfg, epoch=0)
+    assert first == [list(range(10)), list(range(10, 20))]
+    orders = {
+        (seed, step, epoch): str(updates_of(20, 1, config(2, seed=seed), epoch, step))
+        for seed in (0, 1)
+        for step in (1, 2)
+        for epoch in (1, 2)
+    }
+    assert len(set(orders.values())) == len(orders)
+    assert orders[0, 1, 1] == str(updates_of(20, 1, cfg, epoch=1))
+    assert str([first]) not in orders.values()
+
+
+def test_micro_batches_have_the_configured_size() -> None:
+    (update,) = split(responses(7), config(micro_batch_size=3), student(), step=1, epoch=0)
+    assert [len(chunk) for chunk in update] == [3, 3, 1]
+
+
+def test_a_replica_without_responses_gets_an_empty_micro_batch() -> None:
+    (update,) = split(responses(1), config(), student(data_rank=1, data_size=2), step=1, epoch=0)
+    assert update == [[]]
+    (batch,) = to_batches(update, cast(Any, student()))
+    assert not batch.mask_N.any()
+
+
+def test_parts_override_the_minibatches() -> None:
+    assert len(split(responses(6), config(minibatches=3), student(), 1, 0, parts=1)) == 1
+
+
+def run(vocab: int = 50) -> Any:
+    return SimpleNamespace(student=student(vocab=vocab), partition=FixedBlocks(2))
+
+
+def test_empty_responses_are_dropped_and_counted() -> None:
+    kept, dropped = prepare(responses(6, empty=(1, 4)), run())
+    assert dropped == 2
+    assert [t.problem for t in kept] == [0, 2, 3, 5]
+    assert [t.block_R.tolist() for t in kept] == [[0], [0, 0, 1], [0, 0, 1, 1], [0, 0]]
+
+
+def test_more_minibatches_than_responses_left_still_give_no_empty_update() -> None:
+    kept, _ = prepare(responses(4, empty=(0, 1)), run())
+    updates = split(kept, config(minibatches=4), student(), step=1, epoch=0)
+    assert [problems(update) for update in updates] == [[2], [3]]
+
+
+def test_only_empty_responses_are_an_error_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"all 3 responses of this step are empty: check .* rollout\.sampling"):
+        prepare(responses(3, empty=(0, 1, 2)), run())
+
+
+def test_malformed_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"problem 0, sample 0: token id 2 is outside the vocabulary of 2"):
+        prepare(responses(2), run(vocab=2))
+    broken = responses(3)
+    broken[2].sampler_logprobs_R[1] = -torch.inf
+    with pytest.raises(ValueError, match=r"problem 2, sample 0: the sampler's log-prob of response token 1 is -inf"):
+        prepare(broken, run())
+
+
+class Echo:
+    """A rollout engine that answers with the request's own prompt."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def generate(self, requests: list[Request], sampling: Any, advance: Any = None) -> list[Response]:
+        self.requests = list(requests)
+        return [
+            Response(r.prompt_ids[::-1], torch.zeros(len(r.prompt_ids)), index % 2 == 0, 7)
+            for index, r in enumerate(requests)
+        ]
+
+
+def test_rollouts_carry_their_problem_sample_and_version_and_draw_from_seeds_of_their_own() -> None:
+    engine, prompts = Echo(), SimpleNamespace(ids=[[1], [2, 3], [4]])
+    made = sample_rollouts(cast(Any, engine), cast(Any, prompts), [2, 1], config(), step=1)
+    assert [(t.problem, t.sample) for t in made] == [(2, 0), (2, 1), (1, 0), (1, 1)]
+    assert [t.response_ids for t in made] == [[4], [4], [3, 2], [3, 2]]
+    assert [t.finished for t in made] == [True, False, True, False]
+    assert {t.weight_version for t in made} == {7}
+    seeds = [request.seed for request in engine.requests]
+    assert len(set(seeds)) == 4
+    sample_rollouts(cast(Any, engine), cast(Any, prompts), [1], config(), step=1)
+    # A response's seed names its place, not its position in the batch.
+    assert [request.seed for request in engine.requests] == seeds[2:]
+    sample_rollouts(cast(Any, engine), cast(Any, prompts), [2, 1], config(), step=2)
+    assert not set(seeds) & {request.seed for request in engine.requests}
