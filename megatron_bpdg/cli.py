@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,11 +47,13 @@ def train(
     if check:
         console.print(f"{config}: valid; needs {cfg.layout.world_size} process(es)")
         return
-    if "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("RANK", "0")) == 0:
         _clear_output(cfg.output, overwrite)
-        if cfg.layout.world_size > 1:
-            _launch(cfg.layout.world_size, ["train", str(config), *(overrides or [])])
-            return
+    if "WORLD_SIZE" not in os.environ and cfg.layout.world_size > 1:
+        from megatron_bpdg.parallel.launch import launch
+
+        launch("megatron_bpdg.cli", ["train", str(config), *(overrides or [])], cfg.layout.world_size)
+        return
     _quiet_libraries()
     from megatron_bpdg.training.loop import TRAINERS
 
@@ -200,20 +201,12 @@ def arithmetic(
 
 
 def _clear_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: {output} is a file; choose a directory")
     if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise ValueError(f"output: {output} is not empty; choose another directory or pass --overwrite")
         shutil.rmtree(output)
-
-
-def _launch(world_size: int, arguments: list[str]) -> None:
-    """One process per rank on this machine, through torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    # Several busy OpenMP pools on few cores spend their time waiting for each other.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    result = subprocess.run([*command, "-m", "megatron_bpdg.cli", *arguments], env=environment, check=False)
-    if result.returncode:
-        raise typer.Exit(result.returncode)
 
 
 def _quiet_libraries() -> None:
@@ -230,9 +223,13 @@ def main() -> None:
     """Entry point: errors that name their remedy are printed as one message, without a traceback."""
     try:
         app(standalone_mode=True)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("BPDG_TRACEBACK"):
             raise
+        from megatron_bpdg.parallel.launch import report_to_launcher
+
+        if report_to_launcher(str(error)):
+            sys.exit(1)
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 

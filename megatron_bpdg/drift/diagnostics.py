@@ -11,12 +11,14 @@ from torch import Tensor
 from megatron_bpdg.drift.gate import Gated
 
 BINS = 200
+# One bin more than intervals: gates of exactly 1 are counted by themselves.
+_EDGES = BINS + 1
 _MOMENTS = ("tokens", "gate", "gate_sq", "abs_drift", "drift", "block_drift", "blocks")
 
 
 def num_sums(max_blocks: int) -> int:
     """Length of the vector `drift_sums` returns."""
-    return len(_MOMENTS) + BINS + 2 * max_blocks
+    return len(_MOMENTS) + _EDGES + 2 * max_blocks
 
 
 @torch.no_grad()
@@ -46,8 +48,8 @@ def drift_sums(gated: Gated, mask_N: Tensor, block_index_S: Tensor, max_blocks: 
             counted.sum().double(),
         ]
     )
-    histogram = torch.zeros(BINS, dtype=torch.float64, device=gate.device)
-    bins = (gate * BINS).long().clamp(max=BINS - 1)
+    histogram = torch.zeros(_EDGES, dtype=torch.float64, device=gate.device)
+    bins = (gate.nan_to_num() * BINS).long()
     histogram.index_add_(0, bins, torch.ones_like(gate))
     heat_2R = torch.zeros(2, max_blocks, dtype=torch.float64, device=gate.device)
     count_S = torch.where(counted, gated.block_count_S, 0.0)
@@ -66,9 +68,9 @@ def drift_statistics(sums: Tensor) -> dict[str, float]:
     tokens = moments["tokens"]
     if tokens == 0:
         return {}
-    histogram = sums[len(_MOMENTS) : len(_MOMENTS) + BINS]
+    histogram = sums[len(_MOMENTS) : len(_MOMENTS) + _EDGES]
     # Weighted by tokens, as mean |d| is: a plain mean over blocks would let a short tail block push the ratio above 1.
-    token_block_drift = float(sums[len(_MOMENTS) + BINS :].view(2, -1)[0].sum()) / tokens
+    token_block_drift = float(sums[len(_MOMENTS) + _EDGES :].view(2, -1)[0].sum()) / tokens
     statistics = {
         "gate/mean": moments["gate"] / tokens,
         "gate/ess": moments["gate"] ** 2 / (tokens * moments["gate_sq"]),
@@ -89,15 +91,12 @@ def drift_statistics(sums: Tensor) -> dict[str, float]:
 
 def drift_by_block(sums: Tensor) -> tuple[list[float], list[int]]:
     """Heat-map column: (token-weighted mean block drift, valid tokens) by block index within the response."""
-    total_R, count_R = sums[len(_MOMENTS) + BINS :].view(2, -1)
+    total_R, count_R = sums[len(_MOMENTS) + _EDGES :].view(2, -1)
     used = int((count_R > 0).nonzero().max()) + 1 if bool((count_R > 0).any()) else 0
     return (total_R / count_R.clamp(min=1))[:used].tolist(), count_R[:used].long().tolist()
 
 
 def _quantile(histogram: Tensor, q: float) -> float:
-    """Upper edge of the bin that holds quantile q (lower edge for q = 0)."""
+    """Lower edge of the bin that holds quantile q."""
     cumulative = histogram.cumsum(0)
-    if q == 0.0:
-        return int((cumulative > 0).nonzero()[0]) / BINS
-    index = int((cumulative >= q * cumulative[-1]).nonzero()[0])
-    return (index + 1) / BINS
+    return int(((cumulative > 0) & (cumulative >= q * cumulative[-1])).nonzero()[0]) / BINS

@@ -22,6 +22,7 @@ from megatron_bpdg.config.schema import (
     Newline,
     PartitionConfig,
     RunConfig,
+    Sampling,
     SequencePartition,
     TokenPartition,
 )
@@ -130,14 +131,8 @@ def build_run(cfg: RunConfig) -> Run:
         offload=cfg.teacher.offload,
     )
     run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
-    longest = max(len(ids) for ids in run.prompts.ids) + cfg.rollout.sampling.max_new_tokens
     for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
-        if longest > shape.max_position_embeddings:
-            raise ValueError(
-                f"rollout.sampling.max_new_tokens = {cfg.rollout.sampling.max_new_tokens} after a prompt of "
-                f"{longest - cfg.rollout.sampling.max_new_tokens} tokens exceeds the {role}'s "
-                f"{shape.max_position_embeddings} positions; lower it or data.max_prompt_tokens"
-            )
+        _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", role, shape)
     return run
 
 
@@ -156,6 +151,12 @@ def build_supervised(cfg: RunConfig) -> tuple[Run, list[Trajectory]]:
             block_R=torch.zeros(len(example.response_ids), dtype=torch.int64),
         )
         trajectory.check(run.student.shape.vocab_size)
+        positions, tokens = run.student.shape.max_position_embeddings, len(example.prompt_ids + example.response_ids)
+        if tokens > positions:
+            raise ValueError(
+                f"data.train: example {example.id!r} has {tokens} tokens but the student only {positions} positions; "
+                "shorten it or leave it out"
+            )
         examples.append(trajectory)
     return run, examples
 
@@ -174,6 +175,12 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("student.tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    benchmarks = {
+        name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
+        for name, path in cfg.evaluation.data.items()
+    }
+    for prompts in benchmarks.values():
+        _check_room(prompts, cfg.evaluation.sampling, "evaluation.sampling", "student", shape)
     model = build_model(shape, cfg.layout, dtype, recompute=cfg.training.recompute)
     load_weights([model], source)
     module = wrap(model, cfg.layout)
@@ -205,10 +212,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
             batch_size=cfg.rollout.batch_size,
             dtype=dtype,
         ),
-        benchmarks={
-            name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
-            for name, path in cfg.evaluation.data.items()
-        },
+        benchmarks=benchmarks,
     )
 
 
@@ -252,6 +256,15 @@ def hf_folder(checkpoint: Path, field_name: str) -> Path:
     raise ValueError(
         f"{field_name}: {checkpoint} has neither config.json (an HF checkpoint) nor hf/config.json (a bpdg checkpoint)"
     )
+
+
+def _check_room(prompts: Prompts, sampling: Sampling, section: str, role: str, shape: Qwen3Shape) -> None:
+    longest = max(len(ids) for ids in prompts.ids)
+    if longest + sampling.max_new_tokens > shape.max_position_embeddings:
+        raise ValueError(
+            f"{section}.max_new_tokens = {sampling.max_new_tokens} after a prompt of {longest} tokens exceeds the "
+            f"{role}'s {shape.max_position_embeddings} positions; lower it or data.max_prompt_tokens"
+        )
 
 
 def _check_same_vocabulary(run: Run, teacher: Qwen3Shape, teacher_folder: Path) -> None:

@@ -310,7 +310,9 @@ def test_convert_both_ways(runs: Runs, tmp_path: Path) -> None:
         converted = weights(copy)
         assert converted.keys() == original.keys()
         assert all(torch.equal(converted[name], original[name]) for name in original)
-    assert TorchDistCheckpoint(megatron).shapes == TorchDistCheckpoint(source).shapes
+    # At tensor parallelism 2 the 17 rows of the vocabulary were padded to 18; the filler stays behind.
+    rows = [TorchDistCheckpoint(path).shapes["embedding.word_embeddings.weight"][0] for path in (source, megatron)]
+    assert rows == [VOCAB + 1, VOCAB]
 
 
 def test_the_config_a_run_leaves_behind_starts_the_same_run(runs: Runs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -75,11 +76,11 @@ def test_the_same_updates_whatever_the_layout(count: int, size: int, minibatches
     assert len({len(updates) for updates in replicas}) == 1
     for update, expected in enumerate(whole):
         shares = [replica[update] for replica in replicas]
-        assert sorted(sum(shares, [])) == sorted(expected)
+        assert sorted(chain(*shares)) == sorted(expected)
         for rank, share in enumerate(shares):
             # A replica keeps the order, and a response belongs to one replica for good: its teacher payload is there.
             assert share == [problem for problem in expected if problem % size == rank]
-    assert sorted(sum(whole, [])) == list(range(count))
+    assert sorted(chain(*whole)) == list(range(count))
     assert all(expected for expected in whole), "an update without a single response has no defined loss"
 
 
