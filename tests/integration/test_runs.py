@@ -98,6 +98,8 @@ def test_one_update_per_rollout_is_the_ungated_update_bit_for_bit(miniature: Min
             distill(miniature.config(output, LSM, controller, {"training": training}))
             losses[updates, name] = metrics(output)[0]["loss/opd"]
     assert losses["one", "gated"] == losses["one", "ungated"]
+    (record,) = metrics(tmp_path / "one-gated")
+    assert record["gate/min"] == record["gate/mean"] == 1.0
     assert losses["four", "gated"] != losses["four", "ungated"]
     gated, ungated = (weights(tmp_path / f"one-{name}" / "checkpoints") for name in ("gated", "ungated"))
     assert all(torch.equal(gated[name], ungated[name]) for name in gated)

@@ -190,5 +190,16 @@ def test_streams_are_in_order() -> None:
             assert float(torch.ones(1)) == 1.0
 
 
+def test_device_contexts_work_although_factories_are_wrapped() -> None:
+    from torch.utils._device import _device_constructors
+
+    _device_constructors.cache_clear()  # as in a process whose first device context comes after the platform
+    with cpu_platform(), torch.device("meta"):
+        for made in (torch.empty(2), torch.zeros(2), torch.arange(2), torch.tensor([1.0])):
+            assert made.device.type == "meta"
+    with torch.device("meta"):
+        assert torch.arange(2).device.type == "meta"
+
+
 def test_the_platform_is_off_after_these_tests() -> None:
     assert platform.patched_names() == []
