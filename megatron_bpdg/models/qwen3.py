@@ -59,6 +59,15 @@ class Qwen3Shape:
             raise ValueError(f"config.json has no {', '.join(missing)}")
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if fields.get(name) is not None})
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, the tied embedding counted once, padding not."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = self.hidden_size * self.head_dim * 2 * (heads + groups) + 2 * self.head_dim
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
 
 # Published dense models (HF config.json of each release).
 SIZES = {

@@ -42,6 +42,10 @@ class Recorder:
                     output, self.cfg.logging.tensorboard, self.cfg.logging.wandb, self.cfg.model_dump(mode="json")
                 )
             )
+            shapes = {"student": self.run.student.shape}
+            if self.cfg.teacher is not None:
+                shapes["teacher"] = self.run.teacher.policy.shape
+            self.metrics.log(0, {f"model/{role}_parameters": shape.num_parameters for role, shape in shapes.items()})
             self.samples = self._exits.enter_context((output / "samples.jsonl").open("a"))
             self.progress = self._exits.enter_context(TrainingProgress(self.cfg.training.steps, output.name))
             for name, prompts in {"train": self.run.prompts, **self.run.benchmarks}.items():
