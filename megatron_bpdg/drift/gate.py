@@ -90,7 +90,8 @@ class Gate:
     """The gate of arXiv 2606.24084 with its open choices as fields.
 
     Attributes:
-        tau: sharpness; 0 makes every gate exactly 1 (for finite drift), which is how a run without a gate still measures its drift.
+        tau: sharpness; 0 makes every gate exactly 1 (for finite drift), which is how a run without a gate still
+            measures its drift.
         aggregator: one of AGGREGATORS; the paper's is `abs_mean`.
         unit_mean: scope of the normalisation. `global` is exact over micro-batches and ranks in one pass.
         clip_min: lower bound on the raw gate.

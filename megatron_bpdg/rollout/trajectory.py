@@ -65,5 +65,6 @@ class Trajectory:
             position = int(broken.nonzero()[0])
             raise ValueError(
                 f"{self.name}: the sampler's log-prob of response token {position} is "
-                f"{float(self.sampler_logprobs_R[position])}; a sampled token must have a finite log-prob"
+                f"{float(self.sampler_logprobs_R[position])}; a sampled token must have a finite "
+                "log-prob: check the rollout engine's weights and dtype"
             )

@@ -38,5 +38,6 @@ def test_padded_vocabulary(tp: int, rows: int) -> None:
 
 
 def test_a_layout_that_does_not_divide_names_every_size() -> None:
-    with pytest.raises(ValueError, match=r"num_key_value_heads = 8; layout.pipeline_parallel: 3 .*num_hidden_layers = 28"):
+    message = r"num_key_value_heads = 8; layout.pipeline_parallel: 3 .*num_hidden_layers = 28"
+    with pytest.raises(ValueError, match=message):
         check_layout(SIZES["0.6B"], Layout(tensor_parallel=16, pipeline_parallel=3))
