@@ -6,11 +6,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from megatron_bpdg.config.schema import RunConfig
 
 app = typer.Typer(
     help="On-policy distillation with blockwise policy-drift gating on Megatron-Core.\n\n"
@@ -37,7 +40,7 @@ def train(
 ) -> None:
     """Train as a config says.
 
-    Started as a plain command, it launches one process per rank of `layout` on this machine. Under torchrun or srun
+    Started as a plain command, it launches one process per rank of `layout` on this machine. Under torchrun
     (WORLD_SIZE is set) it is one of the ranks.
     """
     from megatron_bpdg.config import check_paths, load_config
@@ -48,7 +51,7 @@ def train(
         console.print(f"{config}: valid; needs {cfg.layout.world_size} process(es)")
         return
     if int(os.environ.get("RANK", "0")) == 0:
-        _clear_output(cfg.output, overwrite)
+        _clear_output(cfg, config, overwrite)
     if "WORLD_SIZE" not in os.environ and cfg.layout.world_size > 1:
         from megatron_bpdg.parallel.launch import launch
 
@@ -68,11 +71,12 @@ def evaluate_command(
     k: Annotated[list[int] | None, typer.Option(help="k of pass@k; default 1 and `samples`.")] = None,
     grader: Annotated[str, typer.Option(help="math_verify | exact | module:function")] = "math_verify",
     chat_template: Annotated[bool, typer.Option(help="Render prompts with the chat template.")] = True,
-    temperature: Annotated[float, typer.Option()] = 1.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
+    temperature: Annotated[float, typer.Option(min=1e-6)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16384,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems of each file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for eval.jsonl; default: print only.")] = None,
 ) -> None:
     """pass@k of a checkpoint, with bootstrap intervals over problems, sampled by the embedded engine."""
@@ -91,6 +95,7 @@ def evaluate_command(
         batch_size=batch_size,
         seed=seed,
         output=output,
+        limit=limit,
     )
 
 
@@ -200,12 +205,21 @@ def arithmetic(
     console.print(f"arithmetic task: {output}")
 
 
-def _clear_output(output: Path, overwrite: bool) -> None:
+def _clear_output(cfg: RunConfig, config: Path, overwrite: bool) -> None:
+    """Refuse an occupied run directory, or delete it if asked to and if it is nothing but an earlier run."""
+    from megatron_bpdg.config.load import input_paths
+
+    output = cfg.output
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file; choose a directory")
     if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise ValueError(f"output: {output} is not empty; choose another directory or pass --overwrite")
+        if not (output / "config.yaml").is_file() and not (output / "init").is_dir():
+            raise ValueError(f"output: {output} was not written by bpdg train; --overwrite does not delete it")
+        needed = {"the config file": config, "the working directory": Path.cwd(), **input_paths(cfg)}
+        if inside := [name for name, path in needed.items() if path.resolve().is_relative_to(output.resolve())]:
+            raise ValueError(f"--overwrite would delete {', '.join(inside)}, inside output: {output}")
         shutil.rmtree(output)
 
 
@@ -228,10 +242,15 @@ def main() -> None:
             raise
         from megatron_bpdg.parallel.launch import report_to_launcher
 
-        if report_to_launcher(str(error)):
-            sys.exit(1)
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if not report_to_launcher(str(error)):
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except Exception as error:
+        # Python prints the traceback; the launcher should quote this rank and not one that it dragged along.
+        from megatron_bpdg.parallel.launch import report_to_launcher
+
+        report_to_launcher(f"{type(error).__name__}: {error}; the traceback is above")
+        raise
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.table import Table
 # distribution name -> (import name, what it is for)
 _REQUIRED = {
     "torch": ("torch", "everything"),
-    "megatron-core": ("megatron.core", "the trainer; >=0.16,<0.20"),
+    "megatron-core": ("megatron.core", "the trainer; >=0.16,<0.20; from 0.18 on CPU also needs triton"),
     "transformers": ("transformers", "tokenizers, the embedded sampler"),
     "safetensors": ("safetensors", "HF checkpoints"),
     "math-verify": ("math_verify", "the default grader"),
@@ -41,6 +42,8 @@ def diagnose(console: Console) -> bool:
         for name, (module, purpose) in names.items():
             found = _version(name, module)
             healthy &= found is not None or not required
+            if name == "megatron-core" and found and not Version("0.16") <= Version(found) < Version("0.20"):
+                healthy, found = False, f"[red]{found}: not supported[/]"
             table.add_row(name, found or ("[red]missing[/]" if required else "not installed"), escape(purpose))
     if torch.cuda.is_available():
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

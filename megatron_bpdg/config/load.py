@@ -76,6 +76,11 @@ def dump_config(cfg: RunConfig) -> str:
     return dump_yaml(cfg.model_dump(mode="json"))
 
 
+def input_paths(cfg: RunConfig) -> dict[str, Path]:
+    """Every path the run reads, by its dotted field name."""
+    return {name: path for name, path in _paths(cfg) if name != "output"}
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of the YAML file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}

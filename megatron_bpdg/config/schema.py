@@ -15,11 +15,11 @@ class Section(BaseModel):
 
 
 class Layout(Section):
-    """How the model is spread over ranks. Data parallelism is what the world size leaves over."""
+    """How the model is spread over ranks; the product of the three sizes is the number of processes."""
 
     tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer's matrices and the vocabulary")
     pipeline_parallel: int = Field(1, ge=1, description="ranks that share the stack of layers")
-    data_parallel: int = Field(1, ge=1, description="replicas; used to launch, checked against the world size")
+    data_parallel: int = Field(1, ge=1, description="replicas of the model")
     sequence_parallel: bool = Field(
         False, description="shard activations between tensor-parallel regions along the sequence"
     )
@@ -191,7 +191,9 @@ class Training(Section):
     batch_size: int = Field(64, ge=1, description="kind: sft only: examples per optimizer update")
     micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass per data-parallel rank")
     lr: float = Field(2e-6, gt=0.0)
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_updates: int = Field(
+        0, ge=0, description="optimizer updates of linear warm-up; as in Megatron-Core the first one has rate 0"
+    )
     lr_schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0.0)
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
@@ -250,8 +252,15 @@ class RunConfig(Section):
             raise ValueError(f"kind: {self.kind} does not go with objective.name: {self.objective.name}")
         if self.kind == "opd" and self.teacher is None:
             raise ValueError("kind: opd needs a `teacher` section")
-        if self.kind == "sft" and self.gate is not None:
-            raise ValueError("kind: sft has no behaviour policy: remove `gate`")
+        defaults = Training()
+        sections, fields = {
+            "sft": (["gate", "teacher"], ["epochs", "minibatches", "old_logprobs"]),
+            "opd": ([], ["batch_size"]),
+        }[self.kind]
+        unused = [name for name in sections if getattr(self, name) is not None]
+        unused += [f"training.{x}" for x in fields if getattr(self.training, x) != getattr(defaults, x)]
+        if unused:
+            raise ValueError(f"kind: {self.kind} does not use {', '.join(unused)}: remove it")
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if self.kind == "opd" and samples < self.training.minibatches:
             raise ValueError(

@@ -41,9 +41,9 @@ class FixedBlocks:
 class NewlineSpans:
     """Spans that end with a newline token (NewlineSpan of arXiv 2606.24084).
 
-    A span shorter than `min_size` is merged with the one after it (a short last span with the one before it); a span
-    longer than `max_size` is cut into chunks of `max_size`. A response without newlines thus becomes fixed chunks.
-    The paper does not publish its length limits.
+    A span shorter than `min_size` is merged with the one after it, a short last span with the one before it where the
+    two fit into `max_size`. A span longer than `max_size` is cut into the fewest chunks that fit, of equal length to
+    within one token; a response without newlines thus becomes equal chunks. The paper does not publish its limits.
     """
 
     newline_ids: Collection[int]
@@ -84,7 +84,7 @@ def _span_sizes(is_newline: list[bool], min_size: int, max_size: int) -> list[in
         if newline and length >= min_size:
             spans.append(length)
             length = 0
-    if length and length < min_size and spans:
+    if length and length < min_size and spans and spans[-1] + length <= max_size:
         spans[-1] += length
     elif length:
         spans.append(length)
@@ -92,8 +92,9 @@ def _span_sizes(is_newline: list[bool], min_size: int, max_size: int) -> list[in
 
 
 def _cut(span: int, max_size: int) -> list[int]:
-    whole, rest = divmod(span, max_size)
-    return [max_size] * whole + ([rest] if rest else [])
+    chunks = -(-span // max_size)
+    size, longer = divmod(span, chunks)
+    return [size + 1] * longer + [size] * (chunks - longer)
 
 
 def newline_token_ids(decode: Callable[[list[int]], str], vocab_size: int) -> frozenset[int]:

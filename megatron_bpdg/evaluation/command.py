@@ -46,7 +46,10 @@ def evaluate_checkpoint(
     folder = checkpoint / "hf" if (checkpoint / "hf" / "config.json").is_file() else checkpoint
     config = read_hf_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    grader = get_grader(grader_name)
     eos_id = tokenizer.eos_token_id
+    if eos_id is None:
+        raise ValueError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in its config")
     results = []
     with world(Layout(), seed):
         engine = EmbeddedEngine(
@@ -73,7 +76,7 @@ def evaluate_checkpoint(
                     encoded.problems,
                     encoded.ids,
                     tokenizer,
-                    get_grader(grader_name),
+                    grader,
                     sampling,
                     samples=samples,
                     step=0,

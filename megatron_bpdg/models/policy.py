@@ -27,7 +27,6 @@ class Groups:
     """Where this rank stands."""
 
     tensor: dist.ProcessGroup
-    data: dist.ProcessGroup
     is_last_stage: bool
     data_rank: int
     data_size: int
@@ -37,7 +36,6 @@ class Groups:
         """Of the initialised Megatron-Core parallel state."""
         return cls(
             tensor=parallel_state.get_tensor_model_parallel_group(),
-            data=parallel_state.get_data_parallel_group(),
             is_last_stage=parallel_state.is_pipeline_last_stage(),
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),

@@ -6,6 +6,7 @@ attention); the two modules here lift both limits. Both spec families save under
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -25,7 +26,21 @@ from torch import Tensor, nn
 
 
 def transformer_engine_available() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    """Whether to build on Transformer Engine: it is installed and there is a GPU.
+
+    Raises:
+        RuntimeError: it is installed but cannot be imported; falling back in silence would change speed and memory.
+    """
+    if importlib.util.find_spec("transformer_engine") is None or not torch.cuda.is_available():
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"transformer-engine is installed but does not load ({error}); repair it, or uninstall it to use the "
+            "torch-only layers"
+        ) from error
+    return True
 
 
 class RMSNorm(nn.Module):

@@ -33,8 +33,9 @@ class TeacherSignal:
 
 @dataclass(frozen=True)
 class TeacherNeeds:
-    """How much of the teacher an objective reads. The sampled token's log-prob always comes along."""
+    """How much of the teacher an objective reads; the sampled token's log-prob comes with everything else."""
 
+    sampled: bool = True
     top_k: int = 0
     full: bool = False
 
@@ -144,7 +145,7 @@ class FullVocabularyObjective:
 class NegativeLogLikelihood:
     """Supervised fine-tuning on given responses; reads no teacher."""
 
-    needs: TeacherNeeds = TeacherNeeds()
+    needs: TeacherNeeds = TeacherNeeds(sampled=False)
     differentiates_logprob: bool = True
 
     def __call__(

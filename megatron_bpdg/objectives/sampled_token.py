@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# Beyond it exp would overflow, and a clipped-away infinity has a NaN gradient.
+_MAX_LOG_RATIO = 20.0
+
 
 def sampled_token_loss(
     logprobs_N: Tensor,
@@ -22,6 +25,7 @@ def sampled_token_loss(
 
     ``A = log q - log pi_old`` (behaviour) or ``log q - sg(log pi)`` (online), then PPO's clipped surrogate on
     ``r = pi / pi_old`` with the dual clip of Ye et al. 2020 for negative advantages. No discounting.
+    ``log r`` is bounded at 20, far outside any clip; without a dual clip, a token beyond it has no gradient.
 
     Args:
         logprobs_N: current student, float ``[N]``.
@@ -35,7 +39,7 @@ def sampled_token_loss(
     advantage_N = (teacher_logprobs_N - baseline_N).detach()
     if advantage_clamp is not None:
         advantage_N = advantage_N.clamp(-advantage_clamp, advantage_clamp)
-    ratio_N = torch.exp(logprobs_N - old_logprobs_N.detach())
+    ratio_N = torch.exp((logprobs_N - old_logprobs_N.detach()).clamp(max=_MAX_LOG_RATIO))
     loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * ratio_N.clamp(1.0 - clip, 1.0 + clip))
     if dual_clip is not None:
         loss_N = torch.where(advantage_N < 0, torch.minimum(loss_N, -advantage_N * dual_clip), loss_N)

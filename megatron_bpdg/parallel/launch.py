@@ -30,6 +30,8 @@ def launch(module: str, arguments: Sequence[str], world_size: int) -> None:
 
     # Several busy OpenMP pools on few cores spend their time waiting for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Megatron-Core's overlap of communication relies on kernels being queued in order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ[_LAUNCHED] = "1"
     # It reports every process that it stops; the one message of the rank that failed says more.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

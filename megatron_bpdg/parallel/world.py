@@ -19,7 +19,7 @@ from megatron_bpdg.parallel.platform import enable_cpu_platform
 
 @contextlib.contextmanager
 def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[None]:
-    """The process groups of a layout, under torchrun, srun's environment, or as a single process.
+    """The process groups of a layout, under torchrun, or as a single process.
 
     NCCL where there is CUDA, else gloo with the CPU platform.
 
@@ -54,9 +54,13 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        parallel_state.destroy_model_parallel()
-        if owns_group:
-            dist.destroy_process_group()
+        # After an error on one rank, taking the groups down would wait for the ranks that wait for it.
+        if not failed or size == 1:
+            parallel_state.destroy_model_parallel()
+            if owns_group:
+                dist.destroy_process_group()

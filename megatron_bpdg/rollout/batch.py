@@ -17,7 +17,7 @@ from megatron_bpdg.rollout.trajectory import Trajectory
 class MicroBatch:
     """B right-padded sequences of length S, and their N response tokens in order, flattened.
 
-    N is a multiple of the tensor-parallel size; `mask_N` is False on the filler.
+    N is a multiple of the tensor-parallel size; `real_N` is False on the filler.
 
     Attributes:
         input_ids_BS, position_ids_BS: int64.
@@ -26,7 +26,8 @@ class MicroBatch:
         sequence_N, num_sequences: which sequence of the micro-batch.
         block_N, block_index_S, num_blocks: block numbers unique over the micro-batch, and each block's number within
             its own response.
-        mask_N: tokens that count.
+        real_N: response tokens, not filler.
+        mask_N: those of them that the loss counts.
         old_logprobs_N, teacher_*: as in `Trajectory`; None where they have not been asked for.
     """
 
@@ -39,6 +40,7 @@ class MicroBatch:
     block_N: Tensor
     block_index_S: Tensor
     num_blocks: int
+    real_N: Tensor
     mask_N: Tensor
     old_logprobs_N: Tensor | None = None
     teacher_logprobs_N: Tensor | None = None
@@ -117,6 +119,7 @@ def collate(
         block_N=flat(blocks),
         block_index_S=torch.cat(block_indices) if block_indices else torch.zeros(1, dtype=torch.int64),
         num_blocks=max(num_blocks, 1),
-        mask_N=real_N,
+        real_N=real_N,
+        mask_N=real_N & flat([t.counts for t in trajectories]).bool(),
         **payload,
     )

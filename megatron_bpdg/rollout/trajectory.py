@@ -24,6 +24,8 @@ class Trajectory:
         finished: whether the response ended by itself; False when it hit the length limit.
         weight_version: trainer step whose weights sampled the response.
         correct: the grader's verdict.
+        mask_R: response tokens that the loss counts, bool; None: all of them. Others (a tool's output, say) keep their
+            place in their block and are left out of its mean.
         block_R: block number of each response token, int64.
         old_logprobs_R: log pi_old, float32.
         teacher_logprobs_R: log q of the sampled tokens, float32.
@@ -40,6 +42,7 @@ class Trajectory:
     finished: bool
     weight_version: int = 0
     correct: bool | None = None
+    mask_R: Tensor | None = None
 
     block_R: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     old_logprobs_R: Tensor | None = None
@@ -47,6 +50,11 @@ class Trajectory:
     teacher_support_RK: Tensor | None = None
     teacher_support_logprobs_RK: Tensor | None = None
     teacher_full_RV: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """`mask_R`, all True where there is none."""
+        return torch.ones(len(self.response_ids), dtype=torch.bool) if self.mask_R is None else self.mask_R
 
     @property
     def name(self) -> str:
@@ -58,6 +66,8 @@ class Trajectory:
             raise ValueError(
                 f"{self.name}: {len(self.response_ids)} response tokens but {len(self.sampler_logprobs_R)} log-probs"
             )
+        if len(self.counts) != len(self.response_ids):
+            raise ValueError(f"{self.name}: {len(self.response_ids)} response tokens but a mask of {len(self.counts)}")
         if bad := [token for token in self.prompt_ids + self.response_ids if not 0 <= token < vocab_size]:
             raise ValueError(f"{self.name}: token id {bad[0]} is outside the vocabulary of {vocab_size}")
         broken = ~self.sampler_logprobs_R.isfinite()

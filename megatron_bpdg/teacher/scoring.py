@@ -45,7 +45,7 @@ def score(
             # Padded columns keep the shards of all ranks equally wide; they have probability zero.
             width = len(policy.bare.head_weight())
             scores["full"] = F.pad(log_p_NV, (0, width - log_p_NV.shape[1]), value=-torch.inf)
-        return {name: tensor[batch.mask_N].cpu() for name, tensor in scores.items()}
+        return {name: tensor[batch.real_N].cpu() for name, tensor in scores.items()}
 
     batches = [
         collate(

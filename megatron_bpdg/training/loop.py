@@ -51,6 +51,8 @@ def distill(cfg: RunConfig) -> None:
                 with clock("rollout"):
                     batch = sample_rollouts(run.engine, run.prompts, prompt_order.batch(step - 1), cfg, step)
                     trajectories, dropped = prepare(batch, run)
+                with clock("grade"):
+                    grade(trajectories, run)
                 first_pass = split(trajectories, cfg, run.student, step, epoch=0)
 
                 with clock("teacher"):
@@ -59,11 +61,14 @@ def distill(cfg: RunConfig) -> None:
                     mismatch = set_old_logprobs(first_pass, run.student, cfg)
 
                 reports: list[tuple[int, StepReport]] = []
-                with clock("update"):
+                with clock("update"), run.saving_on_failure(step):
                     for epoch in range(cfg.training.epochs):
                         for chunks in split(trajectories, cfg, run.student, step, epoch):
                             reports.append((epoch, run.updater.update(to_batches(chunks, run.student))))
                             run.scheduler.step(increment=1)
+                if cfg.training.old_logprobs == "rollout":
+                    # The first update's drift from the sampler is what the two say about the same weights.
+                    mismatch = {"mismatch/abs_mean": reports[0][1].statistics["drift/abs_mean"]}
                 with clock("sync"):
                     run.sync_weights(version=step)
 
@@ -85,7 +90,7 @@ def fine_tune(cfg: RunConfig) -> None:
             order = PromptSampler(len(examples), cfg.training.batch_size, cfg.seed)
             for step in range(1, cfg.training.steps + 1):
                 clock = Clock()
-                with clock("update"):
+                with clock("update"), run.saving_on_failure(step):
                     chosen = [examples[i] for i in order.batch(step - 1)]
                     (chunks,) = split(chosen, cfg, run.student, step, epoch=0, parts=1)
                     report = run.updater.update(to_batches(chunks, run.student))
@@ -123,13 +128,28 @@ def sample_rollouts(
     ]
 
 
+def grade(trajectories: Sequence[Trajectory], run: Run) -> None:
+    """Fill in `correct`, the ranks sharing the work; the loss does not read it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = {
+        index: bool(run.grader(run.decode(trajectory.response_ids), run.prompts.problems[trajectory.problem].answer))
+        for index, trajectory in enumerate(trajectories)
+        if index % size == rank
+    }
+    gathered: list[dict[int, bool] | None] = [None] * size
+    dist.all_gather_object(gathered, mine)
+    for part in gathered:
+        for index, verdict in (part or {}).items():
+            trajectories[index].correct = verdict
+
+
 def prepare(batch: Sequence[Trajectory], run: Run) -> tuple[list[Trajectory], int]:
-    """Check the samples, drop empty responses (there is nothing to learn from; they are counted), set their blocks.
+    """Check the samples, drop and count responses without a token that counts, set the blocks of the others.
 
     Raises:
         ValueError: for a malformed sample, or when every response is empty.
     """
-    trajectories = [trajectory for trajectory in batch if trajectory.response_ids]
+    trajectories = [trajectory for trajectory in batch if bool(trajectory.counts.any())]
     if not trajectories:
         raise ValueError(
             f"all {len(batch)} responses of this step are empty: check the rollout engine and rollout.sampling"
@@ -181,7 +201,7 @@ def set_old_logprobs(
     """Fill in log pi_old; returns how far sampler and trainer are apart on the same weights.
 
     `mismatch/kl` is the k3 estimate of KL(sampler || trainer) on the sampled tokens, `mismatch/abs_mean` the mean
-    absolute difference of their log-probs, in nats.
+    absolute difference of their log-probs, in nats. With top_p < 1 both are over the truncated samples.
     """
     if cfg.training.old_logprobs == "rollout":
         for trajectory in (t for update in first_pass for chunk in update for t in chunk):

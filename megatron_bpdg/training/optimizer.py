@@ -45,11 +45,11 @@ def build_optimizer(
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0 if training.lr_warmup_steps else training.lr,
+        init_lr=0.0 if training.lr_warmup_updates else training.lr,
         max_lr=training.lr,
         min_lr=min_lr,
-        lr_warmup_steps=training.lr_warmup_steps,
-        lr_decay_steps=max(total_updates, training.lr_warmup_steps + 1),
+        lr_warmup_steps=training.lr_warmup_updates,
+        lr_decay_steps=max(total_updates, training.lr_warmup_updates + 1),
         lr_decay_style=training.lr_schedule,
         start_wd=training.weight_decay,
         end_wd=training.weight_decay,

@@ -73,15 +73,11 @@ class Recorder:
         """Record one step of the distillation loop: `reports` are (epoch, report) of its updates in order."""
         if not self.writes:
             return
-        texts = [self.run.tokenizer.decode(t.response_ids, skip_special_tokens=True) for t in trajectories]
-        for trajectory, text in zip(trajectories, texts):
-            trajectory.correct = bool(self.run.grader(text, self.run.prompts.problems[trajectory.problem].answer))
         tokens = sum(len(t.response_ids) for t in trajectories)
         values = {
             **_mean_over_updates(reports),
             **mismatch,
             **{f"time/{phase}_s": spent for phase, spent in seconds.items()},
-            "train/lr": self._lr(),
             "train/updates": float(len(reports)),
             "rollout/reward_mean": sum(bool(t.correct) for t in trajectories) / len(trajectories),
             "rollout/response_tokens_mean": tokens / len(trajectories),
@@ -92,9 +88,13 @@ class Recorder:
         self.metrics.log(step, values)
         for update, (epoch, report) in enumerate(reports):
             self.metrics.log_drift(step, update, epoch, report.block_drift, report.block_tokens)
-        for trajectory, text in list(zip(trajectories, texts))[:_SAMPLES]:
-            prompt = self.run.tokenizer.decode(trajectory.prompt_ids)
-            record = {"step": step, "prompt": prompt, "response": text, "correct": trajectory.correct}
+        for trajectory in trajectories[:_SAMPLES]:
+            record = {
+                "step": step,
+                "prompt": self.run.tokenizer.decode(trajectory.prompt_ids),
+                "response": self.run.decode(trajectory.response_ids),
+                "correct": trajectory.correct,
+            }
             self.samples.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.samples.flush()
         self.progress.update(
@@ -118,7 +118,7 @@ class Recorder:
                 "loss/sft": statistics["loss/opd"],
                 "actor/entropy": statistics["actor/entropy"],
                 "train/grad_norm": statistics["train/grad_norm"],
-                "train/lr": self._lr(),
+                "train/lr": statistics["train/lr"],
                 "train/tokens_per_s": statistics["train/tokens"] / seconds["update"],
                 "time/update_s": seconds["update"],
             },
@@ -138,16 +138,14 @@ class Recorder:
                 + "  ".join(f"{name} {100 * score:.1f}%" for name, score in scores.items())
             )
 
-    def _lr(self) -> float:
-        return float(self.run.updater.optimizer.param_groups[0]["lr"])
-
 
 def _mean_over_updates(reports: Sequence[tuple[int, StepReport]]) -> dict[str, float]:
-    """Each statistic's mean over the step's updates, and the block drift of each epoch by itself."""
+    """Mean over the step's updates (the least for gate/min), and the block drift of each epoch by itself."""
     values: dict[str, list[float]] = defaultdict(list)
     for epoch, report in reports:
         for name, value in report.statistics.items():
             values[name].append(value)
             if name == "drift/block_mean":
                 values[f"{name}_epoch{epoch}"].append(value)
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    return {**means, "gate/min": min(values["gate/min"])}

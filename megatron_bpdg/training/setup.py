@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -40,7 +43,7 @@ from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.megatron import MegatronTeacher
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
-from megatron_bpdg.training.step import Updater
+from megatron_bpdg.training.step import NonFiniteError, Updater
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,19 @@ class Run:
             for name, prompts in self.benchmarks.items()
         ]
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @contextmanager
+    def saving_on_failure(self, step: int) -> Iterator[None]:
+        """Save the last good weights when an update fails on all ranks alike, and say where."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.save(step)
+            raise NonFiniteError(f"{error}. Saved as of step {step}: {self.cfg.output / 'checkpoints'}") from error
+
     def save(self, step: int) -> None:
         """Write the student as a torch_dist checkpoint under ``output/checkpoints``."""
         save_weights([self.module], self.cfg.output / "checkpoints", self.hf_folder, iteration=step)
@@ -114,6 +130,8 @@ def build_run(cfg: RunConfig) -> Run:
         ValueError: naming the field whose value does not fit the rest.
     """
     assert cfg.teacher is not None
+    if cfg.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError("logging.wandb is set but the package is missing: pip install 'megatron-bpdg[wandb]'")
     updates = cfg.training.steps * cfg.training.epochs * cfg.training.minibatches
     run = _build_student(cfg, updates)
     teacher_folder = hf_folder(cfg.teacher.checkpoint, "teacher.checkpoint")
@@ -131,6 +149,7 @@ def build_run(cfg: RunConfig) -> Run:
         offload=cfg.teacher.offload,
     )
     run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
+    _check_payload_fits(cfg, run)
     for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
         _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", role, shape)
     return run
@@ -264,6 +283,22 @@ def _check_room(prompts: Prompts, sampling: Sampling, section: str, role: str, s
         raise ValueError(
             f"{section}.max_new_tokens = {sampling.max_new_tokens} after a prompt of {longest} tokens exceeds the "
             f"{role}'s {shape.max_position_embeddings} positions; lower it or data.max_prompt_tokens"
+        )
+
+
+def _check_payload_fits(cfg: RunConfig, run: Run) -> None:
+    """A full-vocabulary objective keeps the teacher's distribution of every response token on the host."""
+    if not run.updater.objective.needs.full:
+        return
+    responses = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt / cfg.layout.data_parallel
+    columns = run.student.shape.vocab_size / cfg.layout.tensor_parallel
+    needed = responses * cfg.rollout.sampling.max_new_tokens * columns * 4
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"objective.name: {cfg.objective.name} keeps up to {needed / 1e9:.0f} GB of teacher log-probs per rank, "
+            f"with {available / 1e9:.0f} GB of memory free: use objective.name: lsm, or lower "
+            "rollout.prompts_per_step, rollout.samples_per_prompt or rollout.sampling.max_new_tokens"
         )
 
 

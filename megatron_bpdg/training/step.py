@@ -38,6 +38,7 @@ _TOTALS = (
     "nonfinite_old",
     "nonfinite_teacher",
     "nonfinite_loss",
+    "nonfinite_gradient",
 )
 
 
@@ -101,9 +102,8 @@ class Updater:
             NonFiniteError: on all ranks alike, before the weights are touched.
         """
         report = self.accumulate(batches)
-        ok, grad_norm, _ = self.optimizer.step()
-        if not ok:
-            raise NonFiniteError("the optimizer refused the step: non-finite gradients")
+        report.statistics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
+        _, grad_norm, _ = self.optimizer.step()
         report.statistics["train/grad_norm"] = float(grad_norm)
         return report
 
@@ -121,6 +121,9 @@ class Updater:
 
         self.policy.forward_backward(batches, loss)
         finalize_model_grads([self.module])
+        # Megatron-Core's optimizers step on NaN gradients without a word when there is no loss scale.
+        for parameter in self.module.parameters():
+            totals[_TOTALS.index("nonfinite_gradient")] += (~parameter.main_grad.isfinite()).sum()
         # Every token is counted on exactly one rank of the world, so one sum makes the step's totals exact.
         dist.all_reduce(totals)
         named = dict(zip(_TOTALS, totals[: len(_TOTALS)].tolist()))
@@ -184,6 +187,7 @@ class Updater:
                     nonfinite(old_logprobs_n),
                     nonfinite(teacher.logprobs_n),
                     nonfinite(loss_n),
+                    torch.zeros((), dtype=torch.float64, device=loss_n.device),
                 ]
             )
             drift = drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks)
@@ -191,6 +195,8 @@ class Updater:
 
     def _teacher(self, student: ParallelVocab, batch: MicroBatch) -> TeacherSignal:
         if batch.teacher_logprobs_N is None:
+            if self.objective.needs.sampled:
+                raise ValueError("the responses carry no teacher log-probs: score them with the teacher first")
             return TeacherSignal(torch.zeros_like(student.rows(batch.mask_N), dtype=torch.float32))
         return TeacherSignal(
             logprobs_n=student.rows(batch.teacher_logprobs_N),
@@ -217,9 +223,11 @@ def _check_finite(totals: dict[str, float]) -> None:
         "nonfinite_teacher": "the teacher's log-probs",
         "nonfinite_loss": "the loss",
     }
-    broken = [f"{label} of {totals[key]:.0f}" for key, label in who.items() if totals[key]]
+    broken = [f"{label} of {totals[key]:.0f} response tokens" for key, label in who.items() if totals[key]]
+    if totals["nonfinite_gradient"]:
+        broken.append(f"{totals['nonfinite_gradient']:.0f} gradient entries")
     if broken:
         raise NonFiniteError(
-            f"NaN or infinite: {', '.join(broken)} out of {totals['tokens']:.0f} response tokens. The weights are "
-            "unchanged. Lower training.lr, use float32, or look at the checkpoint that was loaded"
+            f"NaN or infinite: {', '.join(broken)} (of {totals['tokens']:.0f} tokens in this update). This update was "
+            "not applied. Lower training.lr, use float32, or look at the checkpoint that was loaded"
         )

@@ -22,7 +22,16 @@ from megatron_bpdg.rollout.engine import Response
 from megatron_bpdg.training.loop import distill, prepare, sample_rollouts, set_old_logprobs, split, to_batches
 from megatron_bpdg.training.setup import build_run
 from megatron_bpdg.training.step import NonFiniteError
-from tests.integration.miniature import POSITIONS, VOCAB, Miniature, change_weights, metrics, write_model, write_shape
+from tests.integration.miniature import (
+    POSITIONS,
+    VOCAB,
+    Miniature,
+    change_weights,
+    metrics,
+    weights,
+    write_model,
+    write_shape,
+)
 from tests.integration.test_runs import bpdg
 
 Refuse = Callable[..., str]
@@ -157,19 +166,28 @@ def test_supervised_examples_longer_than_the_model(refused: Refuse, miniature: M
         tmp_path / "sft.yaml",
         tmp_path / "run",
         {"kind": "sft", "teacher": None, "data": {"train": str(data)}, "objective": {"name": "sft"}},
+        {"training": {"minibatches": 1}},
         {"training": {"batch_size": 1}},
     )
     message = refused("train", path)
     assert f"example 'long' has {POSITIONS + 5} tokens but the student only {POSITIONS} positions" in message
 
 
-def test_an_output_that_is_in_use(config: Path, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_is_in_use(
+    config: Path, refused: Refuse, miniature: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = config.parent / "run"
     output.mkdir()
     precious = output / "metrics.jsonl"
     precious.write_text("{}\n")
     assert "is not empty; choose another directory or pass --overwrite" in refused("train", config)
-    # Under torchrun or srun as well: two runs must not write into one file.
+    assert "was not written by bpdg train; --overwrite does not delete it" in refused("train", config, "--overwrite")
+    (output / "config.yaml").write_text("")
+    inside = shutil.copytree(miniature.student, output / "student")
+    message = refused("train", config, f"student.checkpoint={inside}", "--overwrite")
+    assert "--overwrite would delete student.checkpoint, inside output" in message
+    assert precious.exists()
+    # Under torchrun as well: two runs must not write into one file.
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert "is not empty" in refused("train", config)
@@ -245,9 +263,11 @@ def test_a_teacher_with_nan_weights(miniature: Miniature, tmp_path: Path) -> Non
         cfg = miniature.config(
             tmp_path / objective["name"], {"teacher": {"checkpoint": str(broken)}, "objective": objective}
         )
-        with pytest.raises(NonFiniteError, match=r"the teacher's log-probs of (\d+).* out of \1 response tokens"):
+        with pytest.raises(NonFiniteError, match=r"the teacher's log-probs of (\d+) .*of \1 tokens in this update"):
             distill(cfg)
-        assert not (cfg.output / "checkpoints").exists()
+        # The student had not been updated yet; what is saved is what it started from.
+        saved, start = weights(cfg.output / "checkpoints"), weights(miniature.student)
+        assert all(torch.equal(tensor, start[name]) for name, tensor in saved.items())
 
 
 def test_a_student_with_nan_weights(config: Path, refused: Refuse, miniature: Miniature, tmp_path: Path) -> None:
@@ -259,11 +279,34 @@ def test_a_student_with_nan_weights(config: Path, refused: Refuse, miniature: Mi
         tmp_path / "sft.yaml",
         tmp_path / "sft",
         {"kind": "sft", "teacher": None, "data": {"train": str(miniature.task / "sft.jsonl")}},
-        {"objective": {"name": "sft"}, "student": {"checkpoint": str(broken)}, "training": {"batch_size": 4}},
+        {
+            "objective": {"name": "sft"},
+            "student": {"checkpoint": str(broken)},
+            "training": {"minibatches": 1, "batch_size": 4},
+        },
     )
     message = refused("train", path)
     assert "NaN or infinite: the student's log-probs of" in message
-    assert "The weights are unchanged. Lower training.lr, use float32" in message
+    assert "This update was not applied. Lower training.lr, use float32" in message
+
+
+def test_a_gradient_that_is_not_finite_is_never_applied(miniature: Miniature, tmp_path: Path) -> None:
+    """A finite loss can have a NaN gradient; Megatron-Core's optimizer would step on it."""
+    cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1}})
+    with world(cfg.layout, cfg.seed):
+        run = build_run(cfg)
+        run.sync_weights(version=0)
+        trajectories, _ = prepare(sample_rollouts(run.engine, run.prompts, [0], cfg, 1), run)
+        (update,) = split(trajectories, cfg, run.student, 1, 0)
+        run.teacher.score(update)
+        set_old_logprobs([update], run.student, cfg)
+        before = [parameter.detach().clone() for parameter in run.module.parameters()]
+        spoil = next(run.module.parameters()).register_hook(lambda grad: grad * torch.nan)
+        with pytest.raises(NonFiniteError, match=r"NaN or infinite: \d+ gradient entries"):
+            run.updater.update(to_batches(update, run.student))
+        spoil.remove()
+        for parameter, expected in zip(run.module.parameters(), before, strict=True):
+            assert torch.equal(parameter, expected)
 
 
 def test_an_update_that_fails_leaves_every_weight_as_it_was(miniature: Miniature, tmp_path: Path) -> None:

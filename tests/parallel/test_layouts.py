@@ -12,6 +12,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_bpdg.drift import Gate
 from megatron_bpdg.objectives.objective import TeacherNeeds, TeacherSignal, build_objective
 from megatron_bpdg.objectives.vocabulary import DenseVocab
+from megatron_bpdg.rollout.trajectory import Trajectory
 from tests.parallel.models import VOCAB, trajectories, write_checkpoint
 from tests.parallel.spawn import run_ranks
 
@@ -20,6 +21,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "lsm": {"name": "lsm", "top_k": 5},
     "reverse_kl": {"name": "reverse_kl"},
 }
+# Name -> (objective, responses in the update). With one response, a second replica has none and still takes part.
+UPDATES = {**{name: (name, 7) for name in OBJECTIVES}, "one_response": ("lsm", 1)}
 NEEDS = TeacherNeeds(top_k=5, full=True)
 GATE = Gate(tau=0.7)
 TEMPERATURE = 0.9
@@ -31,6 +34,12 @@ LAYOUTS = {
     "tp4_sp": {"tensor_parallel": 4, "sequence_parallel": True},
     "pp2": {"pipeline_parallel": 2},
     "tp2_sp_pp2": {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2},
+    "tp2_sp_dp2_distributed_optimizer": {
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "data_parallel": 2,
+        "distributed_optimizer": True,
+    },
     "dp2": {"data_parallel": 2},
     "dp2_distributed_optimizer": {"data_parallel": 2, "distributed_optimizer": True},
 }
@@ -52,8 +61,8 @@ def run_layout(layout_fields: dict[str, Any], student_dir: str, teacher_dir: str
     from megatron_bpdg.models.policy import MegatronPolicy
     from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
     from megatron_bpdg.parallel.world import world
-    from megatron_bpdg.rollout.batch import collate
     from megatron_bpdg.teacher.megatron import MegatronTeacher
+    from megatron_bpdg.training.loop import to_batches
     from megatron_bpdg.training.optimizer import build_optimizer, wrap
     from megatron_bpdg.training.step import Updater
 
@@ -76,21 +85,22 @@ def run_layout(layout_fields: dict[str, Any], student_dir: str, teacher_dir: str
         for trajectory in batch:
             trajectory.old_logprobs_R = trajectory.sampler_logprobs_R
         groups = student.groups
-        mine = [t for i, t in enumerate(batch) if i % groups.data_size == groups.data_rank]
-        chunks = [mine[i : i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)]
-        teacher.score(chunks)
-        batches = [
-            collate(c, pad_id=0, length_multiple=student.length_multiple, token_multiple=layout.tensor_parallel)
-            for c in chunks
-        ]
+
+        def chunks(count: int) -> list[list[Trajectory]]:
+            mine = [t for i, t in enumerate(batch[:count]) if i % groups.data_size == groups.data_rank]
+            return [mine[i : i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)] or [[]]
+
+        teacher.score(chunks(len(batch)))
+        batches = to_batches(chunks(len(batch)), student)
         # A large epsilon: Adam would turn the rounding of near-zero gradients into whole steps.
         training = Training(lr=1e-3, adam_eps=1e-3)
         optimizer, _ = build_optimizer(module, layout, training, torch.float32, total_updates=10)
         result: dict[str, Any] = {}
         weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-        for name in OBJECTIVES:
-            updater = Updater(student, module, optimizer, build_objective(objective_config(name)), GATE, TEMPERATURE)
-            report = updater.accumulate(batches)
+        for name, (objective, count) in UPDATES.items():
+            loss = build_objective(objective_config(objective))
+            updater = Updater(student, module, optimizer, loss, GATE, TEMPERATURE)
+            report = updater.accumulate(to_batches(chunks(count), student))
             result[name] = {"statistics": report.statistics, "heat": (report.block_drift, report.block_tokens)}
             if not layout.distributed_optimizer:  # there, a rank holds only its part of the summed gradient
                 for parameter in module.parameters():
@@ -171,8 +181,8 @@ def test_layout_equals_one_process(name: str, single: dict[str, Any], checkpoint
         world_size *= fields.get(key, 1)
     ranks = run_ranks(run_layout, world_size, fields, str(checkpoints[0]), str(checkpoints[1]), 3)
     for result in ranks:
-        for objective in OBJECTIVES:
-            ours, theirs = result[objective], single[objective]
+        for update in UPDATES:
+            ours, theirs = result[update], single[update]
             for statistic, value in theirs["statistics"].items():
                 assert ours["statistics"][statistic] == pytest.approx(value, rel=2e-5, abs=1e-6), statistic
             assert ours["heat"][0] == pytest.approx(theirs["heat"][0], rel=1e-5)

@@ -156,3 +156,24 @@ def test_what_would_corrupt_a_batch_is_named(
     broken.sampler_logprobs_R = torch.tensor(logprobs)
     with pytest.raises(ValueError, match=message):
         broken.check(vocab_size=6)
+
+
+def test_masked_response_tokens_keep_their_place_and_do_not_count() -> None:
+    def made(mask: list[bool] | None) -> Trajectory:
+        return Trajectory(
+            problem=0,
+            sample=0,
+            prompt_ids=[1, 2],
+            response_ids=[3, 4, 5],
+            sampler_logprobs_R=torch.zeros(3),
+            finished=True,
+            mask_R=None if mask is None else torch.tensor(mask),
+            block_R=torch.tensor([0, 0, 1]),
+        )
+
+    batch = collate([made([True, False, True]), made(None)], pad_id=0, length_multiple=1, token_multiple=4)
+    assert batch.mask_N.tolist() == [True, False, True, True, True, True, False, False]
+    assert batch.real_N.tolist() == [True] * 6 + [False] * 2
+    assert batch.block_N.tolist()[:6] == [0, 0, 1, 2, 2, 3]
+    with pytest.raises(ValueError, match="3 response tokens but a mask of 2"):
+        made([True, False]).check(vocab_size=9)

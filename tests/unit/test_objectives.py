@@ -558,3 +558,14 @@ def test_every_field_of_a_config_arrives(config: dict[str, Any], expected: str) 
     }
     actual = build(**config)(student, sampled, logp, old, signal)
     torch.testing.assert_close(actual, losses[expected]())
+
+
+def test_a_ratio_beyond_the_float_range_has_a_finite_gradient() -> None:
+    """exp would overflow; a clipped-away infinity has the gradient 0 * inf."""
+    logprobs_N = torch.tensor([-0.1, -0.1], requires_grad=True)
+    old_logprobs_N = torch.tensor([-200.0, -200.0])
+    loss_N = sampled_token_loss(logprobs_N, old_logprobs_N, torch.tensor([-150.0, -250.0]))
+    loss_N.sum().backward()
+    assert loss_N.tolist() == pytest.approx([-50.0 * 1.2, 50.0 * 3.0])
+    assert logprobs_N.grad is not None
+    assert logprobs_N.grad.tolist() == [0.0, 0.0]
