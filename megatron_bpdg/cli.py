@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from megatron_bpdg.parallel.launch import launch, report_to_launcher
+
 if TYPE_CHECKING:
     from megatron_bpdg.config.schema import RunConfig
 
@@ -53,8 +55,6 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:
         _clear_output(cfg, config, overwrite)
     if "WORLD_SIZE" not in os.environ and cfg.layout.world_size > 1:
-        from megatron_bpdg.parallel.launch import launch
-
         launch("megatron_bpdg.cli", ["train", str(config), *(overrides or [])], cfg.layout.world_size)
         return
     _quiet_libraries()
@@ -240,15 +240,11 @@ def main() -> None:
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("BPDG_TRACEBACK"):
             raise
-        from megatron_bpdg.parallel.launch import report_to_launcher
-
         if not report_to_launcher(str(error)):
             console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         # Python prints the traceback; the launcher should quote this rank and not one that it dragged along.
-        from megatron_bpdg.parallel.launch import report_to_launcher
-
         report_to_launcher(f"{type(error).__name__}: {error}; the traceback is above")
         raise
 

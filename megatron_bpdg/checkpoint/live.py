@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory, write_text
@@ -99,22 +100,15 @@ def _shard_problem(weight: Weight, shape: Shape, tp_size: int) -> str | None:
     return None
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
-    """The GPTModel inside DDP and precision wrappers."""
-    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
-        chunk = inner
-    return chunk
-
-
 def _global_names(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     """Parameter names with the layer index in the whole model, whatever stage or chunk the layer is on."""
     named: dict[str, nn.Parameter] = {}
-    for chunk in map(unwrap, chunks):
+    for chunk in map(unwrap_model, chunks):
         for name, parameter in chunk.named_parameters():
             layer = _LOCAL_LAYER.match(name)
             if layer:
                 # The layer knows its place; deriving it from the stage would break under uneven or virtual stages.
-                number = chunk.decoder.layers[int(layer.group(1))].layer_number  # type: ignore[union-attr, index]
+                number = chunk.decoder.layers[int(layer.group(1))].layer_number
                 name = f"decoder.layers.{number - 1}.{name[layer.end() :]}"
             if name in named:
                 raise ValueError(f"{name} is in two model chunks")
@@ -314,9 +308,9 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
         staging.mkdir(parents=True)
     dist.barrier()
     state: dict[str, Any] = {"args": megatron_args(config), "checkpoint_version": 3.0, "iteration": iteration}
-    for number, chunk in enumerate(map(unwrap, chunks)):
+    for number, chunk in enumerate(map(unwrap_model, chunks)):
         name = "model" if len(chunks) == 1 else f"model{number}"
-        state[name] = chunk.sharded_state_dict(metadata={})  # type: ignore[operator]
+        state[name] = chunk.sharded_state_dict(metadata={})
     dist_checkpointing.save(state, str(staging))
     dist.barrier()
     if rank == 0:

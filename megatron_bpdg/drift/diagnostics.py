@@ -64,13 +64,13 @@ def drift_statistics(sums: Tensor) -> dict[str, float]:
     `gate/ess` is the effective sample size as a fraction, (sum g)^2 / (n sum g^2); `drift/cancellation` is
     mean |s_b| / mean |d|, both over tokens: 1 where drifts within a block agree in sign, near 0 where they cancel.
     """
-    moments = dict(zip(_MOMENTS, sums[: len(_MOMENTS)].tolist()))
+    moment_sums, histogram, heat_2R = _parts(sums)
+    moments = dict(zip(_MOMENTS, moment_sums.tolist()))
     tokens = moments["tokens"]
     if tokens == 0:
         return {}
-    histogram = sums[len(_MOMENTS) : len(_MOMENTS) + _EDGES]
     # Weighted by tokens, as mean |d| is: a plain mean over blocks would let a short tail block push the ratio above 1.
-    token_block_drift = float(sums[len(_MOMENTS) + _EDGES :].view(2, -1)[0].sum()) / tokens
+    token_block_drift = float(heat_2R[0].sum()) / tokens
     statistics = {
         "gate/mean": moments["gate"] / tokens,
         "gate/ess": moments["gate"] ** 2 / (tokens * moments["gate_sq"]),
@@ -91,9 +91,16 @@ def drift_statistics(sums: Tensor) -> dict[str, float]:
 
 def drift_by_block(sums: Tensor) -> tuple[list[float], list[int]]:
     """Heat-map column: (token-weighted mean block drift, valid tokens) by block index within the response."""
-    total_R, count_R = sums[len(_MOMENTS) + _EDGES :].view(2, -1)
+    total_R, count_R = _parts(sums)[2]
     used = int((count_R > 0).nonzero().max()) + 1 if bool((count_R > 0).any()) else 0
     return (total_R / count_R.clamp(min=1))[:used].tolist(), count_R[:used].long().tolist()
+
+
+def _parts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `drift_sums` concatenated: moments, histogram, heat map ``[2, max_blocks]``."""
+    heat = len(sums) - len(_MOMENTS) - _EDGES
+    moments, histogram, heat_sums = sums.split([len(_MOMENTS), _EDGES, heat])
+    return moments, histogram, heat_sums.view(2, -1)
 
 
 def _quantile(histogram: Tensor, q: float) -> float:

@@ -13,7 +13,7 @@ from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.stream import iter_checkpoint
 from megatron_bpdg.config.schema import Layout, Sampling
 from megatron_bpdg.data.graders import get_grader
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems
+from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems, special_ids
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
 from megatron_bpdg.evaluation.bootstrap import bootstrap
 from megatron_bpdg.evaluation.evaluate import evaluate
@@ -47,15 +47,13 @@ def evaluate_checkpoint(
     config = read_hf_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     grader = get_grader(grader_name)
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        raise ValueError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in its config")
+    eos_id, pad_id = special_ids(tokenizer, f"the tokenizer of {folder}")
     results = []
     with world(Layout(), seed):
         engine = EmbeddedEngine(
             folder,
             eos_id=eos_id,
-            pad_id=eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            pad_id=pad_id,
             batch_size=batch_size,
             dtype=getattr(torch, config["dtype"] or "float32"),
         )

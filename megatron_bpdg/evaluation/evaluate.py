@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Problem
 from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.parallel.share import gather_shares, my_share
 from megatron_bpdg.rollout.engine import Request, RolloutEngine
 from megatron_bpdg.rollout.sampling import sample_seed
 
 _EVALUATION = 3  # separates these random streams from the rollouts'
+
+
+def grade_all(responses: Sequence[list[int]], answers: Sequence[str], tokenizer: Any, grader: Grader) -> list[bool]:
+    """Which responses (token ids) are right; collective, the ranks share the work and all get every verdict."""
+    done = {
+        i: bool(grader(tokenizer.decode(responses[i], skip_special_tokens=True), answers[i]))
+        for i in my_share(len(responses))
+    }
+    return gather_shares(done, len(responses))
 
 
 def evaluate(
@@ -37,19 +45,16 @@ def evaluate(
     places = [(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
     requests = [Request(prompt_ids[p], sample_seed(seed, _EVALUATION, p, s)) for p, s in places]
     responses = engine.generate(requests, sampling)
+    answers = [problems[problem].answer for problem, _ in places]
     correct = [0] * len(problems)
-    if dist.get_rank() == 0:
-        for (problem, _), response in zip(places, responses):
-            text = tokenizer.decode(response.ids, skip_special_tokens=True)
-            correct[problem] += bool(grader(text, problems[problem].answer))
-    shared = [correct]
-    dist.broadcast_object_list(shared, src=0)
+    for (problem, _), verdict in zip(places, grade_all([r.ids for r in responses], answers, tokenizer, grader)):
+        correct[problem] += verdict
     return EvalResult(
         benchmark=benchmark,
         step=step,
         samples=samples,
         problem_ids=[problem.id for problem in problems],
-        correct=shared[0],
+        correct=correct,
         truncated_fraction=sum(not response.finished for response in responses) / len(responses),
         mean_response_tokens=sum(len(response.ids) for response in responses) / len(responses),
     )

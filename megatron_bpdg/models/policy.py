@@ -19,7 +19,8 @@ from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, Qwen3Shape
 from megatron_bpdg.parallel.head import project
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
-from megatron_bpdg.rollout.batch import MicroBatch
+from megatron_bpdg.rollout.batch import MicroBatch, collate
+from megatron_bpdg.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,11 @@ class MegatronPolicy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def to_batches(chunks: Sequence[Sequence[Trajectory]], policy: MegatronPolicy) -> list[MicroBatch]:
+    """Collate micro-batches for a model's layout."""
+    return [
+        collate(chunk, pad_id=0, length_multiple=policy.length_multiple, token_multiple=policy.layout.tensor_parallel)
+        for chunk in chunks
+    ]

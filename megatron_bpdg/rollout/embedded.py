@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, Logi
 
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.parallel.share import gather_shares, my_share
 from megatron_bpdg.rollout.engine import Request, Response
 from megatron_bpdg.rollout.sampling import draw, uniforms
 
@@ -62,20 +63,15 @@ class EmbeddedEngine:
     ) -> list[Response]:
         if self.version < 0:
             raise RuntimeError("EmbeddedEngine.generate before load_weights: the sampler has no weights yet")
-        rank, size = dist.get_rank(), dist.get_world_size()
-        mine = list(range(rank, len(requests), size))
         # Sorting by length keeps left padding short.
-        mine.sort(key=lambda i: len(requests[i].prompt_ids))
+        mine = sorted(my_share(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         done: dict[int, Response] = {}
         for start in range(0, len(mine), self.batch_size):
             chunk = mine[start : start + self.batch_size]
             done.update(zip(chunk, self._decode([requests[i] for i in chunk], sampling)))
             if advance is not None:
-                advance(len(chunk) * size)
-        gathered: list[dict[int, Response] | None] = [None] * size
-        dist.all_gather_object(gathered, done)
-        merged = {index: response for part in gathered if part for index, response in part.items()}
-        return [merged[index] for index in range(len(requests))]
+                advance(len(chunk) * dist.get_world_size())
+        return gather_shares(done, len(requests))
 
     @torch.no_grad()
     def _decode(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:

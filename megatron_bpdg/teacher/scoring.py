@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bpdg.models.policy import MegatronPolicy
+from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
-from megatron_bpdg.rollout.batch import MicroBatch, collate
+from megatron_bpdg.rollout.batch import MicroBatch
 from megatron_bpdg.rollout.trajectory import Trajectory
 
 Scores = dict[str, Tensor]
@@ -47,16 +47,7 @@ def score(
             scores["full"] = F.pad(log_p_NV, (0, width - log_p_NV.shape[1]), value=-torch.inf)
         return {name: tensor[batch.real_N].cpu() for name, tensor in scores.items()}
 
-    batches = [
-        collate(
-            trajectories,
-            pad_id=0,
-            length_multiple=policy.length_multiple,
-            token_multiple=policy.layout.tensor_parallel,
-        )
-        for trajectories in micro_batches
-    ]
-    for trajectories, scores in zip(micro_batches, policy.forward(batches, read)):
+    for trajectories, scores in zip(micro_batches, policy.forward(to_batches(micro_batches, policy), read)):
         lengths = [len(t.response_ids) for t in trajectories]
         split = {name: tensor.split(lengths) for name, tensor in scores.items()}
         for row, trajectory in enumerate(trajectories):

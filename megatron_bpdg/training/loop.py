@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.sampler import PromptSampler
 from megatron_bpdg.evaluation.benchmark import EvalResult
-from megatron_bpdg.models.policy import MegatronPolicy
+from megatron_bpdg.evaluation.evaluate import grade_all
+from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.world import world
-from megatron_bpdg.rollout.batch import MicroBatch, collate
 from megatron_bpdg.rollout.engine import Request, RolloutEngine
 from megatron_bpdg.rollout.sampling import sample_seed
 from megatron_bpdg.rollout.trajectory import Trajectory
@@ -74,11 +74,10 @@ def distill(cfg: RunConfig) -> None:
 
                 last = step == cfg.training.steps
                 with clock("eval"):
-                    due = last or (cfg.evaluation.every and step % cfg.evaluation.every == 0)
-                    results: list[EvalResult] = run.evaluate(step) if due else []
+                    results: list[EvalResult] = run.evaluate(step) if last or due(step, cfg.evaluation.every) else []
                 recorder.step(step, trajectories, dropped, reports, mismatch, clock.seconds)
                 recorder.evaluations(step, results)
-                if last or (cfg.training.save_every and step % cfg.training.save_every == 0):
+                if last or due(step, cfg.training.save_every):
                     run.save(step)
 
 
@@ -97,10 +96,10 @@ def fine_tune(cfg: RunConfig) -> None:
                     run.scheduler.step(increment=1)
                 recorder.supervised_step(step, report, clock.seconds)
                 last = step == cfg.training.steps
-                if last or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
+                if last or due(step, cfg.evaluation.every):
                     run.sync_weights(version=step)
                     recorder.evaluations(step, run.evaluate(step))
-                if last or (cfg.training.save_every and step % cfg.training.save_every == 0):
+                if last or due(step, cfg.training.save_every):
                     run.save(step)
 
 
@@ -129,18 +128,11 @@ def sample_rollouts(
 
 
 def grade(trajectories: Sequence[Trajectory], run: Run) -> None:
-    """Fill in `correct`, the ranks sharing the work; the loss does not read it."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mine = {
-        index: bool(run.grader(run.decode(trajectory.response_ids), run.prompts.problems[trajectory.problem].answer))
-        for index, trajectory in enumerate(trajectories)
-        if index % size == rank
-    }
-    gathered: list[dict[int, bool] | None] = [None] * size
-    dist.all_gather_object(gathered, mine)
-    for part in gathered:
-        for index, verdict in (part or {}).items():
-            trajectories[index].correct = verdict
+    """Fill in `correct`; the loss does not read it."""
+    answers = [run.prompts.problems[trajectory.problem].answer for trajectory in trajectories]
+    verdicts = grade_all([t.response_ids for t in trajectories], answers, run.tokenizer, run.grader)
+    for trajectory, verdict in zip(trajectories, verdicts):
+        trajectory.correct = verdict
 
 
 def prepare(batch: Sequence[Trajectory], run: Run) -> tuple[list[Trajectory], int]:
@@ -187,14 +179,6 @@ def split(
     return updates
 
 
-def to_batches(chunks: Sequence[Sequence[Trajectory]], policy: MegatronPolicy) -> list[MicroBatch]:
-    """Collate the micro-batches of one update for a model."""
-    return [
-        collate(chunk, pad_id=0, length_multiple=policy.length_multiple, token_multiple=policy.layout.tensor_parallel)
-        for chunk in chunks
-    ]
-
-
 def set_old_logprobs(
     first_pass: Sequence[Sequence[Sequence[Trajectory]]], student: MegatronPolicy, cfg: RunConfig
 ) -> dict[str, float]:
@@ -223,6 +207,11 @@ def set_old_logprobs(
     dist.all_reduce(sums)
     count, absolute, k3 = sums.tolist()
     return {"mismatch/abs_mean": absolute / count, "mismatch/kl": k3 / count}
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is to be done after this one."""
+    return every > 0 and step % every == 0
 
 
 class Clock:

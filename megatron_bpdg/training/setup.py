@@ -30,7 +30,7 @@ from megatron_bpdg.config.schema import (
     TokenPartition,
 )
 from megatron_bpdg.data.graders import Grader, get_grader
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft
+from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft, special_ids
 from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
 from megatron_bpdg.drift.partition import token_partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
@@ -192,8 +192,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
             f"student.tokenizer has {len(tokenizer)} ids but the model only {shape.vocab_size} rows: "
             "they do not belong together"
         )
-    if tokenizer.eos_token_id is None:
-        raise ValueError("student.tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    eos_id, pad_id = special_ids(tokenizer, "student.tokenizer")
     benchmarks = {
         name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
         for name, path in cfg.evaluation.data.items()
@@ -226,8 +225,8 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         partition=build_partition(gate_config.partition, tokenizer),
         engine=EmbeddedEngine(
             folder,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
             batch_size=cfg.rollout.batch_size,
             dtype=dtype,
         ),

@@ -38,7 +38,6 @@ _TOTALS = (
     "nonfinite_old",
     "nonfinite_teacher",
     "nonfinite_loss",
-    "nonfinite_gradient",
 )
 
 
@@ -122,14 +121,16 @@ class Updater:
         self.policy.forward_backward(batches, loss)
         finalize_model_grads([self.module])
         # Megatron-Core's optimizers step on NaN gradients without a word when there is no loss scale.
+        bad_gradients = torch.zeros_like(totals[:1])
         for parameter in self.module.parameters():
-            totals[_TOTALS.index("nonfinite_gradient")] += (~parameter.main_grad.isfinite()).sum()
+            bad_gradients += (~parameter.main_grad.isfinite()).sum()
         # Every token is counted on exactly one rank of the world, so one sum makes the step's totals exact.
+        totals = torch.cat([totals, bad_gradients])
         dist.all_reduce(totals)
         named = dict(zip(_TOTALS, totals[: len(_TOTALS)].tolist()))
-        _check_finite(named)
+        _check_finite(named, bad_gradients=int(totals[-1]))
         self.module.scale_gradients(1.0 / named["mass"])
-        drift = totals[len(_TOTALS) :].cpu()
+        drift = totals[len(_TOTALS) : -1].cpu()
         statistics = {
             "loss/opd": named["loss"] / named["mass"],
             "actor/entropy": named["entropy"] / named["tokens"],
@@ -187,7 +188,6 @@ class Updater:
                     nonfinite(old_logprobs_n),
                     nonfinite(teacher.logprobs_n),
                     nonfinite(loss_n),
-                    torch.zeros((), dtype=torch.float64, device=loss_n.device),
                 ]
             )
             drift = drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks)
@@ -214,7 +214,7 @@ class Updater:
         )
 
 
-def _check_finite(totals: dict[str, float]) -> None:
+def _check_finite(totals: dict[str, float], bad_gradients: int) -> None:
     if totals["tokens"] == 0:
         raise ValueError("an optimizer step without a single response token: every response was empty")
     who = {
@@ -224,8 +224,8 @@ def _check_finite(totals: dict[str, float]) -> None:
         "nonfinite_loss": "the loss",
     }
     broken = [f"{label} of {totals[key]:.0f} response tokens" for key, label in who.items() if totals[key]]
-    if totals["nonfinite_gradient"]:
-        broken.append(f"{totals['nonfinite_gradient']:.0f} gradient entries")
+    if bad_gradients:
+        broken.append(f"{bad_gradients} gradient entries")
     if broken:
         raise NonFiniteError(
             f"NaN or infinite: {', '.join(broken)} (of {totals['tokens']:.0f} tokens in this update). This update was "

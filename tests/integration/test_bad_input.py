@@ -15,11 +15,12 @@ import torch
 from megatron_bpdg import cli
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+from megatron_bpdg.models.policy import to_batches
 from megatron_bpdg.models.qwen3 import Qwen3Shape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
-from megatron_bpdg.training.loop import distill, prepare, sample_rollouts, set_old_logprobs, split, to_batches
+from megatron_bpdg.training.loop import distill, prepare, sample_rollouts, set_old_logprobs, split
 from megatron_bpdg.training.setup import build_run
 from megatron_bpdg.training.step import NonFiniteError
 from tests.integration.miniature import (

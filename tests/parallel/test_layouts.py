@@ -58,11 +58,10 @@ def run_layout(layout_fields: dict[str, Any], student_dir: str, teacher_dir: str
     from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
     from megatron_bpdg.config.schema import Layout, Training
-    from megatron_bpdg.models.policy import MegatronPolicy
+    from megatron_bpdg.models.policy import MegatronPolicy, to_batches
     from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
     from megatron_bpdg.parallel.world import world
     from megatron_bpdg.teacher.megatron import MegatronTeacher
-    from megatron_bpdg.training.loop import to_batches
     from megatron_bpdg.training.optimizer import build_optimizer, wrap
     from megatron_bpdg.training.step import Updater
 

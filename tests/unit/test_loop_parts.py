@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.drift import FixedBlocks
+from megatron_bpdg.models.policy import to_batches
 from megatron_bpdg.rollout.engine import Request, Response
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.training.loop import prepare, sample_rollouts, split, to_batches
+from megatron_bpdg.training.loop import prepare, sample_rollouts, split
 
 
 def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0) -> RunConfig:
