@@ -1,4 +1,4 @@
-"""Reading HF checkpoints: config.json and safetensors, one tensor or slice at a time."""
+"""Reading HF checkpoints: safetensors, one tensor or slice at a time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from megatron_bpdg.checkpoint.config import read_hf_config as read_hf_config
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError, ModelMapping, mapping_for
-from megatron_bpdg.checkpoint.patterns import Shape
+from megatron_bpdg.checkpoint.raw import StoredTensor
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -27,76 +27,13 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _COMPARE_ROWS = 8192
 
 
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """Read config.json of a Qwen3 dense model, as transformers 4 or 5 write it.
-
-    Args:
-        path: model directory or the file itself.
-
-    Returns:
-        All fields of the file, with `rope_theta`, `dtype` (a string, or None), `head_dim` and `tie_word_embeddings`
-        filled in whichever way the file spells them.
-
-    Raises:
-        FileNotFoundError: there is no config.json.
-        ValueError: listing every missing field and every feature that is not supported.
-    """
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: expected an HF model directory with a config.json")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if config.get("rope_theta") is None:
-        config["rope_theta"] = rope.get("rope_theta")
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    config["dtype"] = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
-    if config.get("head_dim") is None:
-        config["head_dim"] = 128  # transformers' default for Qwen3
-    config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
-    if problems := _config_problems(config):
-        raise ValueError(f"{file}: {'; '.join(problems)}")
-    return config
-
-
-def _config_problems(config: dict[str, Any]) -> list[str]:
-    if config.get("model_type") != "qwen3":
-        return [f"model_type {config.get('model_type')!r} is not supported (only 'qwen3', dense)"]
-    required = (
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "rms_norm_eps",
-        "rope_theta",
-    )
-    problems = [f"{name} is missing" for name in required if config.get(name) is None]
-    if config.get("attention_bias"):
-        problems.append("attention_bias true is not supported (Qwen3 has no attention bias)")
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {config['hidden_act']!r} is not supported (only 'silu')")
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = config.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{name} of type {kind!r} is not supported (only none or 'default')")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            problems.append(f"{name}.partial_rotary_factor {rope['partial_rotary_factor']} is not supported (only 1)")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        problems.append("sliding-window attention is not supported (set use_sliding_window false)")
-    if config.get("quantization_config"):
-        problems.append("quantization_config: quantised checkpoints are not supported; use the bf16 or fp32 release")
-    return problems
-
-
 class HFCheckpoint:
     """An HF model directory with safetensors weights, sharded or in one file. Tensors are read when asked for.
 
     Attributes:
         path: the directory.
         config: see `read_hf_config`.
+        stored: name -> place of every tensor.
         shapes: name -> shape of every tensor.
         dtypes: name -> dtype of every tensor.
 
@@ -111,16 +48,15 @@ class HFCheckpoint:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory: expected an HF model directory")
         self.config = read_hf_config(self.path)
-        self.shapes: dict[str, Shape] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._files = self._locate()
-        self._handles: dict[str, Any] = {}
+        self.stored = self._locate()
+        self.shapes = {name: stored.shape for name, stored in self.stored.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self.stored.items()}
 
-    def _locate(self) -> dict[str, str]:
-        """Name -> file, from the index or the single file, with shapes and dtypes read from the headers."""
+    def _locate(self) -> dict[str, StoredTensor]:
+        """Every tensor's place, from the index or the single file, and the files' headers."""
         weight_map: dict[str, str] | None = None
         if (self.path / INDEX_FILE).is_file():
-            weight_map = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _read_index(self.path / INDEX_FILE)
             files = sorted(set(weight_map.values()))
             if absent := [name for name in files if not (self.path / name).is_file()]:
                 raise FileNotFoundError(f"{self.path}: {INDEX_FILE} names files that are absent: {', '.join(absent)}")
@@ -129,19 +65,15 @@ class HFCheckpoint:
         else:
             hint = "; convert the .bin weights with transformers' save_pretrained first" if self._has_bin() else ""
             raise FileNotFoundError(f"{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}{hint}")
-        located: dict[str, str] = {}
+        located: dict[str, StoredTensor] = {}
         problems = []
         for file in files:
-            for name, entry in _read_header(self.path / file).items():
+            for name, stored in _read_header(self.path / file).items():
                 if name in located:
-                    problems.append(f"{name} is in both {located[name]} and {file}")
+                    problems.append(f"{name} is in both {located[name].file.name} and {file}")
                 elif weight_map is not None and weight_map.get(name) != file:
                     problems.append(f"{name} is in {file}; {INDEX_FILE} says {weight_map.get(name)}")
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"{self.path / file}: {name} has unsupported dtype {entry['dtype']}")
-                located[name] = file
-                self.shapes[name] = tuple(entry["shape"])
-                self.dtypes[name] = DTYPES[entry["dtype"]]
+                located[name] = stored
         problems += [f"{name} is not in {file}" for name, file in (weight_map or {}).items() if name not in located]
         if problems:
             raise MappingError(f"{self.path}: index and shards disagree\n  " + "\n  ".join(problems))
@@ -167,23 +99,16 @@ class HFCheckpoint:
     @property
     def num_bytes(self) -> int:
         """Size of all tensors."""
-        return sum(self.dtypes[name].itemsize * _numel(shape) for name, shape in self.shapes.items())
+        return sum(stored.num_bytes for stored in self.stored.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """Data files."""
+        return sorted({stored.file for stored in self.stored.values()})
 
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
         """A tensor, or ``[start, start + length)`` of its dimension `dim`, from disk. A `patterns.TensorReader`."""
-        file = self._files[name]
-        if file not in self._handles:
-            self._handles[file] = safe_open(self.path / file, framework="pt")
-        handle = self._handles[file]
-        if dim is None:
-            return handle.get_tensor(name)
-        assert length is not None
-        if length == 0:
-            shape = list(self.shapes[name])
-            shape[dim] = 0
-            return torch.empty(shape, dtype=self.dtypes[name])
-        index = tuple(slice(start, start + length) if axis == dim else slice(None) for axis in range(dim + 1))
-        return handle.get_slice(name)[index]
+        return self.stored[name].read(dim, start, length)
 
     @cached_property
     def mapping(self) -> ModelMapping:
@@ -216,22 +141,41 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
-def _numel(shape: Shape) -> int:
-    return torch.Size(shape).numel()
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not an index: expected JSON with a weight_map of tensor names to files") from error
 
 
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file: 8 bytes of length, then JSON."""
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Name -> place of a safetensors file's tensors: 8 bytes of length, then JSON, then the bytes."""
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, file.stat().st_size):
+        if not 2 <= length <= min(_MAX_HEADER, size):
             raise ValueError(f"{file} is not a safetensors file (or is truncated)")
         try:
-            header = json.loads(stream.read(length))
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
         except ValueError as error:
             raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from error
     header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if file.stat().st_size < 8 + length + end:
-        raise ValueError(f"{file} is truncated: {file.stat().st_size} bytes, its header asks for {8 + length + end}")
-    return dict(header)
+    if quantised := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
+        names = ", ".join(name for name, entry in header.items() if entry["dtype"] in quantised)
+        raise ValueError(
+            f"{file}: unsupported dtype {', '.join(quantised)} of {names}; supported: {', '.join(DTYPES)} (quantised "
+            "releases have a bf16 original)"
+        )
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < end:
+        raise ValueError(f"{file} is truncated: {size} bytes, its header asks for {end}")
+    tensors = {}
+    for name, entry in header.items():
+        begin, stop = entry["data_offsets"]
+        stored = StoredTensor(file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        if stored.num_bytes != stop - begin:
+            raise ValueError(
+                f"{file}: {name} {stored.shape} {entry['dtype']} has {stop - begin} bytes, not {stored.num_bytes}"
+            )
+        tensors[name] = stored
+    return tensors

@@ -20,11 +20,12 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megatron_bpdg.checkpoint.config import hf_config_of, read_hf_config
 from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory, write_text
-from megatron_bpdg.checkpoint.hf import HFCheckpoint, read_hf_config
-from megatron_bpdg.checkpoint.hf_writer import HFWriter
+from megatron_bpdg.checkpoint.hf import HFCheckpoint
+from megatron_bpdg.checkpoint.hf_writer import HFWriter, emits_lm_head, hf_parts, hf_plan, set_config_dtype
 from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.torch_dist import (
     TRACKER_FILE,
     Source,
@@ -32,9 +33,32 @@ from megatron_bpdg.checkpoint.torch_dist import (
     is_torch_dist,
 )
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args, write_hf_folder
-from megatron_bpdg.checkpoint.verify import emits_lm_head, hf_parts, hf_plan, set_config_dtype
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One direction in which ranks share the model: my place in it and my group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> _Axis:
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """From the rank at place `source`, into `tensor` everywhere else."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=dist.get_global_rank(self.group, source), group=self.group)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The equally shaped tensors of all places, in order."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(tensors, tensor, group=self.group)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -45,49 +69,81 @@ class _Stage:
         mapping: the whole model's weights.
         parameters: canonical key -> this rank's parameter.
         owners: canonical key -> (first pipeline rank that holds it, shape of its shards there, dtype).
-        tp_rank: tensor-parallel rank.
-        tp_size: tensor-parallel size.
+        pipeline, expert: over which ranks the layers and the experts of a layer are spread.
+        tensor, expert_tensor: over which ranks a matrix is cut, an expert's and every other.
     """
 
     mapping: ModelMapping
     parameters: dict[str, nn.Parameter]
     owners: dict[str, tuple[int, Shape, torch.dtype]]
-    tp_rank: int
-    tp_size: int
+    pipeline: _Axis
+    expert: _Axis
+    tensor: _Axis
+    expert_tensor: _Axis
 
     @classmethod
     def of(cls, chunks: Sequence[nn.Module], config: Mapping[str, Any]) -> _Stage:
         """Match the live model with the config's table.
 
-        Collective over the pipeline group (one all_gather_object). Raises MappingError on all its ranks, listing every
-        problem of every stage, unless the stages together hold each weight exactly once and in the right shape.
+        Collective over the ranks that hold the model's parts (one all_gather_object). Raises MappingError on all of
+        them, listing every problem of every stage, unless the stages together hold each weight exactly once and in
+        the right shape.
         """
-        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        pipeline = _Axis.of(parallel_state.get_pipeline_model_parallel_group())
+        expert = _Axis.of(parallel_state.get_expert_model_parallel_group())
+        tensor = _Axis.of(parallel_state.get_tensor_model_parallel_group())
+        expert_tensor = _Axis.of(parallel_state.get_expert_tensor_parallel_group())
         named = _global_names(chunks)
-        vocab_rows = [named[key].shape[0] * tp_size for key in (EMBEDDING, OUTPUT_LAYER) if key in named]
+        vocab_rows = [named[key].shape[0] * tensor.size for key in (EMBEDDING, OUTPUT_LAYER) if key in named]
         padded = vocab_rows[0] if vocab_rows and vocab_rows[0] >= config["vocab_size"] else None
         mapping = mapping_for(config, padded)
-        parameters = {mapping.canonical(name): parameter for name, parameter in named.items()}
+        first_expert = config.get("num_experts", 0) // expert.size * expert.rank
+        parameters = {mapping.canonical(name, first_expert): parameter for name, parameter in named.items()}
         held: dict[str, tuple[Shape, torch.dtype]] = {}
         wrong: dict[str, str] = {}
         for key, parameter in parameters.items():
             shape = tuple(parameter.shape)
             if not (mapping.tied and key == OUTPUT_LAYER):  # that one is a copy of the embedding
                 held[key] = (shape, parameter.dtype)
-            if key in mapping.by_key and (problem := _shard_problem(mapping.by_key[key], shape, tp_size)):
-                wrong[key] = problem
-        group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(stages, (held, wrong), group=group)
+            weight = mapping.by_key.get(key)
+            if weight is not None:
+                cut = expert_tensor if isinstance(weight, Expert) else tensor
+                if problem := _shard_problem(weight, shape, cut.size):
+                    wrong[key] = problem
+        # Ranks that differ in their tensor-parallel place alone say the same.
+        group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, (pipeline.rank, held, wrong), group=group)
         owners: dict[str, tuple[int, Shape, torch.dtype]] = {}
-        for rank, (their_held, their_wrong) in enumerate(stages):
+        for rank, their_held, their_wrong in sorted(everyone, key=lambda said: said[0]):
             wrong |= their_wrong
             for key, (shape, dtype) in their_held.items():
-                if key in owners:
+                if key in owners and owners[key][0] != rank:
                     wrong[key] = f"held by pipeline stages {owners[key][0]} and {rank}"
                 owners.setdefault(key, (rank, shape, dtype))
         raise_on_mismatch(mapping.by_key, owners, wrong, "live model")
-        return cls(mapping, parameters, owners, parallel_state.get_tensor_model_parallel_rank(), tp_size)
+        return cls(mapping, parameters, owners, pipeline, expert, tensor, expert_tensor)
+
+    def cut(self, weight: Weight) -> _Axis:
+        """Over which ranks this weight's matrix is cut."""
+        return self.expert_tensor if isinstance(weight, Expert) else self.tensor
+
+    def full(self, weight: Weight, dtype: torch.dtype | None) -> Tensor:
+        """The whole tensor on every rank: from its expert-parallel rank to the others of its pipeline stage, from its
+        stage to the others, and put together from the tensor-parallel parts."""
+        owner, shape, held_dtype = self.owners[weight.key]
+        parameter = self.parameters.get(weight.key)
+        if parameter is not None:
+            shard = parameter.detach().to(dtype or held_dtype, copy=True).contiguous()
+        else:
+            device = next(iter(self.parameters.values())).device
+            shard = torch.empty(shape, dtype=dtype or held_dtype, device=device)
+        if isinstance(weight, Expert) and self.pipeline.rank == owner:
+            self.expert.broadcast(shard, weight.ep_rank(self.expert.size))
+        self.pipeline.broadcast(shard, owner)
+        axis = self.cut(weight)
+        shards = axis.gather(shard) if axis.size > 1 and weight.tp_dim is not None else [shard]
+        return weight.unshard(shards)
 
 
 def _shard_problem(weight: Weight, shape: Shape, tp_size: int) -> str | None:
@@ -139,13 +195,8 @@ def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any
     path = Path(path)
     if is_torch_dist(path):
         checkpoint = TorchDistCheckpoint(path)
-        if checkpoint.hf_folder is None:
-            raise FileNotFoundError(
-                f"{checkpoint.root} has no hf/config.json (it was not written by this program); copy the model's "
-                "config.json and tokenizer files there"
-            )
-        config = read_hf_config(checkpoint.hf_folder)
-        mapping_for(config).check_megatron(checkpoint.shapes, str(checkpoint.directory))
+        config = hf_config_of(checkpoint.hf_folder, checkpoint.root)
+        checkpoint.check(mapping_for(config))
         _fill(chunks, config, _torch_dist_shards(checkpoint))
         return config
     hf = HFCheckpoint(path)
@@ -160,7 +211,7 @@ ReadShard = Callable[[Weight, int, int], Tensor]
 def _torch_dist_shards(checkpoint: TorchDistCheckpoint) -> ReadShard:
     def read(weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
         # Through the HF parts: the stored vocabulary padding need not be this model's.
-        parts = weight.megatron_to_hf(checkpoint.read(weight.key))
+        parts = weight.split(checkpoint.read_weight(weight))
         return weight.shard(weight.hf_to_megatron(list(parts.values())), tp_rank, tp_size)
 
     return read
@@ -170,7 +221,9 @@ def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: ReadShar
     stage = _Stage.of(chunks, config)
     with torch.no_grad():
         for key, parameter in stage.parameters.items():
-            shard = read(stage.mapping.weight_for(key), stage.tp_rank, stage.tp_size)
+            weight = stage.mapping.weight_for(key)
+            axis = stage.cut(weight)
+            shard = read(weight, axis.rank, axis.size)
             if shard.shape != parameter.shape:
                 raise ValueError(f"{key}: read {tuple(shard.shape)} for a parameter of {tuple(parameter.shape)}")
             parameter.copy_(shard)
@@ -188,9 +241,10 @@ def iter_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the full weights under their HF names; every rank yields the same tensors in the same order.
 
-    Collective over the tensor- and pipeline-parallel groups (each data-parallel replica by itself): all ranks must
-    exhaust the iterator. Per weight one broadcast over the pipeline group and one all-gather over the tensor-parallel
-    group; one layer's tensor in memory at a time. Padded vocabulary rows are cut; tied embeddings come once.
+    Collective: all ranks must exhaust the iterator. Per weight one broadcast over the pipeline group and one all-gather
+    over the tensor-parallel group; for an expert's, one broadcast over the expert-parallel group first, and the gather
+    over the expert-tensor-parallel one. One such tensor in memory at a time. Padded vocabulary rows are cut; tied
+    embeddings come once.
 
     Args:
         chunks: this rank's model chunks.
@@ -205,25 +259,8 @@ def iter_hf_weights(
         MappingError: where the model's parameters are not those of the config.
     """
     stage = _Stage.of(chunks, config)
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    pp_ranks = dist.get_process_group_ranks(pp_group)
-    pp_rank = dist.get_rank(pp_group)
-    device = next(iter(stage.parameters.values())).device
     for weight in stage.mapping.weights:
-        owner, shape, held_dtype = stage.owners[weight.key]
-        if owner == pp_rank:
-            shard = stage.parameters[weight.key].detach().to(dtype or held_dtype, copy=True).contiguous()
-        else:
-            shard = torch.empty(shape, dtype=dtype or held_dtype, device=device)
-        if len(pp_ranks) > 1:
-            dist.broadcast(shard, src=pp_ranks[owner], group=pp_group)
-        shards = [shard]
-        if stage.tp_size > 1 and weight.tp_dim is not None:
-            shards = [torch.empty_like(shard) for _ in range(stage.tp_size)]
-            dist.all_gather(shards, shard, group=tp_group)
-        full = weight.unshard(shards)
-        del shard, shards
+        full = stage.full(weight, dtype)
         yield from hf_parts(stage.mapping, weight, full, lm_head=lm_head)
 
 
@@ -260,8 +297,8 @@ def save_hf(
                 writer.add(name, tensor)
             copy_sidecars(hf_source, staging)
             set_config_dtype(staging / "config.json", dtypes[EMBEDDING])
-    elif parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        for _ in weights:  # rank 0's partners in the collectives
+    else:
+        for _ in weights:  # all ranks take part in the collectives
             pass
     dist.barrier()
 

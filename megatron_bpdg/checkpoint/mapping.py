@@ -3,12 +3,13 @@
 Tables are built afresh for every config and never stored on a class or module: a tied model must not be able to change
 the mapping of an untied one that lives beside it (the usual pair in distillation).
 
-To add a family: write a function like `qwen3` from the patterns, and add it to `mapping_for`.
+To add a family of the same shape, add a line to `FAMILIES`; its config fields go to `config.py`.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from typing import Any
 from megatron_bpdg.checkpoint.patterns import (
     QKV,
     ColumnParallel,
+    Expert,
+    ExpertGatedMLP,
+    ExpertRowParallel,
     GatedMLP,
     Replicated,
     RowParallel,
@@ -32,6 +36,16 @@ LM_HEAD = "lm_head.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+# Parameter of an expert in a grouped MLP (one module, a weight per expert) and in a sequence of MLPs.
+_LOCAL_EXPERT = re.compile(
+    r"mlp\.experts\.(?:(?P<grouped>linear_fc[12])\.weight(?P<i>\d+)"
+    r"|local_experts\.(?P<j>\d+)\.(?P<sequential>linear_fc[12])\.weight)$"
+)
+# Suffix in the torch-only spec -> suffix in the Transformer Engine spec, which fuses a norm into the linear after it.
+_ALIASES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 # Nearest-name search is quadratic; the names themselves are always listed in full.
 _MAX_SUGGESTIONS = 40
 
@@ -41,18 +55,41 @@ class MappingError(ValueError):
 
 
 @dataclass(frozen=True)
+class Family:
+    """In what a model family departs from Llama's layer.
+
+    Attributes:
+        qk_norm: RMSNorm on each query and key head.
+        qkv_bias: biases on q, k and v (and on no other matrix).
+        moe: experts instead of one MLP.
+    """
+
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    moe: bool = False
+
+
+FAMILIES = {
+    "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, moe=True),
+    "qwen2": Family(qkv_bias=True),
+    "llama": Family(),
+}
+
+
+@dataclass(frozen=True)
 class ModelMapping:
     """All weights of one model, in the fixed order in which they are written and streamed.
 
     Attributes:
-        weights: one entry per Megatron tensor; for a tied model the output layer is not among them.
+        weights: one entry per Megatron tensor, experts one by one; for a tied model the output layer is not among them.
         tied: whether the output layer shares the embedding.
-        aliases: suffix of a parameter in the torch-only spec -> suffix under which it is stored.
+        moe_layers: for each layer, whether it has experts.
     """
 
     weights: tuple[Weight, ...]
     tied: bool
-    aliases: tuple[tuple[str, str], ...] = ()
+    moe_layers: tuple[bool, ...]
 
     @cached_property
     def by_key(self) -> dict[str, Weight]:
@@ -62,14 +99,26 @@ class ModelMapping:
     def embedding(self) -> Weight:
         return self.by_key[EMBEDDING]
 
-    def canonical(self, name: str) -> str:
-        """Stored name of a parameter of either layer spec (already with its global layer index)."""
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all layers have the same tensors, and are therefore stored stacked."""
+        return len(set(self.moe_layers)) <= 1
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, the tied embedding counted once, padding not."""
+        return sum(math.prod(shape) for shape in self.hf_tensors().values())
+
+    def canonical(self, name: str, first_expert: int = 0) -> str:
+        """Key of a parameter of either layer spec.
+
+        Args:
+            name: parameter name, already with its global layer index; grouped and sequential experts are known.
+            first_expert: what is added to the expert's index on its rank: ``E / ep_size * ep_rank``.
+        """
         layer = _LAYER.match(name)
-        if layer:
-            for local, stored in self.aliases:
-                if name == f"{layer.group()}{local}":
-                    return f"{layer.group()}{stored}"
-        return name
+        has_experts = layer is not None and self.moe_layers[int(layer.group(1)) :][:1] == (True,)
+        return canonical_name(name, has_experts=has_experts, first_expert=first_expert)
 
     def weight_for(self, key: str) -> Weight:
         """Entry of a canonical key; for a tied model a second copy of the output layer is the embedding's.
@@ -97,6 +146,11 @@ class ModelMapping:
 
         A tied model may carry `lm_head.weight` or not.
         """
+        if fused := [name for name in found if name.endswith(".mlp.experts.gate_up_proj")]:
+            raise MappingError(
+                f"{where}: {fused[0]} and {len(fused) - 1} more hold all experts in one tensor, as transformers keeps "
+                "them in memory; save the model with save_pretrained, which writes them one by one"
+            )
         expected = self.hf_tensors(lm_head=LM_HEAD in found)
         wrong = {
             name: f"shape {found[name]}, expected {shape}"
@@ -113,6 +167,20 @@ class ModelMapping:
             if key in found and not weight.accepts(found[key])
         }
         raise_on_mismatch(self.by_key, found, wrong, where)
+
+
+def canonical_name(name: str, *, has_experts: bool, first_expert: int = 0) -> str:
+    """`ModelMapping.canonical` for one whose model is not known yet; `has_experts` says it of the name's layer."""
+    if expert := _LOCAL_EXPERT.search(name):
+        linear = expert["grouped"] or expert["sequential"]
+        index = first_expert + int(expert["i"] or expert["j"])
+        return f"{name[: expert.start()]}mlp.experts.experts.{index}.{linear}.weight"
+    layer = _LAYER.match(name)
+    suffix = name[layer.end() :] if layer else name
+    # The norm before experts is a module of its own in both specs.
+    if layer is None or suffix not in _ALIASES or (has_experts and suffix == "pre_mlp_layernorm.weight"):
+        return name
+    return layer.group() + _ALIASES[suffix]
 
 
 def raise_on_mismatch(expected: Iterable[str], found: Iterable[str], wrong: Mapping[str, str], where: str) -> None:
@@ -139,7 +207,7 @@ def raise_on_mismatch(expected: Iterable[str], found: Iterable[str], wrong: Mapp
 
 
 def mapping_for(config: Mapping[str, Any], padded_vocab_size: int | None = None) -> ModelMapping:
-    """The table of the model that an HF config (see `hf.read_hf_config`) describes.
+    """The table of the model that an HF config (see `config.read_hf_config`) describes.
 
     Args:
         config: normalised config.json.
@@ -148,51 +216,93 @@ def mapping_for(config: Mapping[str, Any], padded_vocab_size: int | None = None)
     Raises:
         ValueError: for a model family without a table.
     """
-    families = {"qwen3": qwen3}
-    family = families.get(config["model_type"])
+    family = FAMILIES.get(config["model_type"])
     if family is None:
-        raise ValueError(f"model_type {config['model_type']!r} has no weight mapping; supported: {', '.join(families)}")
-    return family(config, padded_vocab_size)
-
-
-def qwen3(config: Mapping[str, Any], padded_vocab_size: int | None = None) -> ModelMapping:
-    """Qwen3 dense: RMSNorm on q and k, gated MLP, no biases."""
-    H, F, V, D = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
-    q_rows, kv_rows = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
+        raise ValueError(f"model_type {config['model_type']!r} has no weight mapping; supported: {', '.join(FAMILIES)}")
+    H, V = config["hidden_size"], config["vocab_size"]
     tied = bool(config["tie_word_embeddings"])
-
-    def layer(i: int) -> list[Weight]:
-        hf, mg = f"model.layers.{i}", f"decoder.layers.{i}"
-        attention, mlp = f"{mg}.self_attention", f"{mg}.mlp"
-        qkv = tuple(f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
-        gate_up = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
-        return [
-            Replicated(f"{attention}.linear_qkv.layer_norm_weight", (f"{hf}.input_layernorm.weight",), ((H,),)),
-            QKV(f"{attention}.linear_qkv.weight", qkv, ((q_rows, H), (kv_rows, H), (kv_rows, H)), head_dim=D),
-            Replicated(f"{attention}.q_layernorm.weight", (f"{hf}.self_attn.q_norm.weight",), ((D,),)),
-            Replicated(f"{attention}.k_layernorm.weight", (f"{hf}.self_attn.k_norm.weight",), ((D,),)),
-            RowParallel(f"{attention}.linear_proj.weight", (f"{hf}.self_attn.o_proj.weight",), ((H, q_rows),)),
-            Replicated(f"{mlp}.linear_fc1.layer_norm_weight", (f"{hf}.post_attention_layernorm.weight",), ((H,),)),
-            GatedMLP(f"{mlp}.linear_fc1.weight", gate_up, ((F, H), (F, H))),
-            RowParallel(f"{mlp}.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), ((H, F),)),
-        ]
-
+    moe = moe_layers(config)
     weights: list[Weight] = [VocabRows(EMBEDDING, (HF_EMBEDDING,), ((V, H),), padded_vocab_size)]
-    for i in range(config["num_hidden_layers"]):
-        weights += layer(i)
+    for i, has_experts in enumerate(moe):
+        hf, mg = f"model.layers.{i}", f"decoder.layers.{i}"
+        weights += _attention(hf, mg, config, family)
+        weights += _experts(hf, mg, config) if has_experts else _dense_mlp(hf, mg, config)
     weights.append(Replicated("decoder.final_layernorm.weight", ("model.norm.weight",), ((H,),)))
     if not tied:
         weights.append(VocabRows(OUTPUT_LAYER, (LM_HEAD,), ((V, H),), padded_vocab_size))
-    aliases = (
-        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-    )
-    return ModelMapping(tuple(weights), tied, aliases)
+    return ModelMapping(tuple(weights), tied, moe)
+
+
+def moe_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For each layer, whether it has experts, by HF's rule over `mlp_only_layers` and `decoder_sparse_step`."""
+    layers = range(config["num_hidden_layers"])
+    if not FAMILIES[config["model_type"]].moe:
+        return (False,) * len(layers)
+    dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
+    return tuple(i not in dense and (i + 1) % step == 0 for i in layers)
+
+
+def _attention(hf: str, mg: str, config: Mapping[str, Any], family: Family) -> list[Weight]:
+    H, D = config["hidden_size"], config["head_dim"]
+    q_rows, kv_rows = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
+    hf, attention, norm = f"{hf}.self_attn", f"{mg}.self_attention", f"{hf}.input_layernorm.weight"
+    weights = [
+        Replicated(f"{attention}.linear_qkv.layer_norm_weight", (norm,), ((H,),)),
+        QKV(f"{attention}.linear_qkv.weight", _qkv(hf, "weight"), ((q_rows, H), (kv_rows, H), (kv_rows, H)), D),
+    ]
+    if family.qkv_bias:
+        weights.append(QKV(f"{attention}.linear_qkv.bias", _qkv(hf, "bias"), ((q_rows,), (kv_rows,), (kv_rows,)), D))
+    if family.qk_norm:
+        weights += [
+            Replicated(f"{attention}.{part}_layernorm.weight", (f"{hf}.{part}_norm.weight",), ((D,),)) for part in "qk"
+        ]
+    weights.append(RowParallel(f"{attention}.linear_proj.weight", (f"{hf}.o_proj.weight",), ((H, q_rows),)))
+    return weights
+
+
+def _qkv(hf: str, kind: str) -> tuple[str, ...]:
+    return tuple(f"{hf}.{part}_proj.{kind}" for part in "qkv")
+
+
+def _gate_up(hf: str) -> tuple[str, str]:
+    return f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"
+
+
+def _dense_mlp(hf: str, mg: str, config: Mapping[str, Any]) -> list[Weight]:
+    H, F = config["hidden_size"], config["intermediate_size"]
+    norm = f"{hf}.post_attention_layernorm.weight"
+    hf, mg = f"{hf}.mlp", f"{mg}.mlp"
+    return [
+        Replicated(f"{mg}.linear_fc1.layer_norm_weight", (norm,), ((H,),)),
+        GatedMLP(f"{mg}.linear_fc1.weight", _gate_up(hf), ((F, H), (F, H))),
+        RowParallel(f"{mg}.linear_fc2.weight", (f"{hf}.down_proj.weight",), ((H, F),)),
+    ]
+
+
+def _experts(hf: str, mg: str, config: Mapping[str, Any]) -> list[Weight]:
+    H, F, E = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
+    norm = f"{hf}.post_attention_layernorm.weight"
+    weights: list[Weight] = [
+        Replicated(f"{mg}.pre_mlp_layernorm.weight", (norm,), ((H,),)),
+        Replicated(f"{mg}.mlp.router.weight", (f"{hf}.mlp.gate.weight",), ((E, H),)),
+    ]
+    for e in range(E):
+        source, target = f"{hf}.mlp.experts.{e}", f"{mg}.mlp.experts.experts.{e}"
+        weights += [
+            ExpertGatedMLP(f"{target}.linear_fc1.weight", _gate_up(source), ((F, H), (F, H)), e, E),
+            ExpertRowParallel(f"{target}.linear_fc2.weight", (f"{source}.down_proj.weight",), ((H, F),), e, E),
+        ]
+    return weights
 
 
 __all__ = [
+    "FAMILIES",
     "QKV",
     "ColumnParallel",
+    "Expert",
+    "ExpertGatedMLP",
+    "ExpertRowParallel",
+    "Family",
     "GatedMLP",
     "MappingError",
     "ModelMapping",
@@ -201,5 +311,5 @@ __all__ = [
     "VocabRows",
     "Weight",
     "mapping_for",
-    "qwen3",
+    "moe_layers",
 ]

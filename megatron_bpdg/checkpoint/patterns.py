@@ -1,7 +1,7 @@
 """How one Megatron-Core tensor is laid out from HF tensors, and how it is cut over tensor-parallel ranks.
 
 One class per layout. Everything here is a pure function of tensors: no process groups, no files, no Megatron import.
-Shapes: V vocabulary, H hidden, F feed-forward, N query heads, G query groups (key/value heads), D head size.
+Shapes: V vocabulary, H hidden, F feed-forward, N query heads, G query groups (key/value heads), D head size, E experts.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Weight(ABC):
         """Whether a stored full tensor of this shape can be read."""
         return shape == self.megatron_shape
 
+    def fit(self, full: Tensor) -> Tensor:
+        """A stored full tensor that `accepts` let pass, in exactly `megatron_shape`."""
+        return full
+
     def shard_shape(self, tp_size: int) -> Shape:
         """Shape of one tensor-parallel rank's part.
 
@@ -78,9 +82,13 @@ class Weight(ABC):
         """HF tensors in the order of `hf_names` -> the full Megatron tensor, bit for bit."""
         return self._merge(tensors)
 
+    def split(self, full: Tensor) -> dict[str, Tensor]:
+        """Full Megatron tensor -> HF name to tensor, views of it where the layout allows."""
+        return dict(zip(self.hf_names, self._split(full), strict=True))
+
     def megatron_to_hf(self, full: Tensor) -> dict[str, Tensor]:
         """Full Megatron tensor -> HF name to tensor; each tensor owns exactly its own storage."""
-        return {name: _owned(part) for name, part in zip(self.hf_names, self._split(full), strict=True)}
+        return {name: _owned(part) for name, part in self.split(full).items()}
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """The part of the full Megatron tensor that tensor-parallel rank `tp_rank` of `tp_size` holds."""
@@ -170,6 +178,11 @@ class VocabRows(ColumnParallel):
     def accepts(self, shape: Shape) -> bool:
         return shape[0] >= self.rows and shape[1:] == self.hf_shapes[0][1:]
 
+    def fit(self, full: Tensor) -> Tensor:
+        return (
+            full if tuple(full.shape) == self.megatron_shape else self._pad(full[: self.rows], self.megatron_shape[0])
+        )
+
     def _pad(self, tensor: Tensor, rows: int) -> Tensor:
         missing = rows - tensor.shape[0]
         return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
@@ -254,3 +267,42 @@ class GatedMLP(Weight):
             return shards[0]
         gates, ups = zip(*(self._split(shard) for shard in shards), strict=True)
         return torch.cat([*gates, *ups])
+
+
+@dataclass(frozen=True)
+class Expert(Weight):
+    """A matrix of one of E experts. Expert-parallel ranks hold equal runs of experts; within an expert the layout is
+    the dense one, cut over *expert*-tensor-parallel ranks: `tp_rank` and `tp_size` here mean those.
+
+    Attributes:
+        expert: index among all experts of the layer.
+        num_experts: E.
+    """
+
+    expert: int = 0
+    num_experts: int = 1
+
+    def _experts_per_rank(self, ep_size: int) -> int:
+        if self.num_experts % ep_size:
+            raise ValueError(f"{self.key}: expert-parallel size {ep_size} does not divide {self.num_experts} experts")
+        return self.num_experts // ep_size
+
+    def ep_rank(self, ep_size: int) -> int:
+        """The expert-parallel rank that holds this expert.
+
+        Raises:
+            ValueError: where `ep_size` does not divide E.
+        """
+        return self.expert // self._experts_per_rank(ep_size)
+
+    def local_expert(self, ep_size: int) -> int:
+        """The expert's index on that rank."""
+        return self.expert % self._experts_per_rank(ep_size)
+
+
+class ExpertGatedMLP(Expert, GatedMLP):
+    """``[gate; up]`` of one expert."""
+
+
+class ExpertRowParallel(Expert, RowParallel):
+    """The down projection of one expert."""

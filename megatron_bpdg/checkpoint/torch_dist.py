@@ -7,37 +7,31 @@ On disk it is a torch.distributed.checkpoint (DCP) directory::
     DIR/hf/                                   config.json, tokenizer files, bpdg_source.json
 
 Layers are stacked on dimension 0 under keys without a layer index (``decoder.layers.mlp.linear_fc2.weight``
-[L, H, F]); the older spelling with one key per layer is read as well. Keys are Transformer Engine's whichever layer
-spec a model uses. The vocabulary is stored with its true rows: Megatron-Core loads it into a padded model, at any
-tensor-parallel size, as it allows a shape mismatch there.
+[L, H, F]), experts on the next dimension (``decoder.layers.mlp.experts.experts.linear_fc2.weight`` [L, E, H, F]). One
+key per layer (as Megatron-Core writes models whose layers differ) and one per expert are read as well. Keys are
+Transformer Engine's whichever layer spec a model uses. The vocabulary is stored with its true rows: Megatron-Core loads
+it into a padded model, at any tensor-parallel size, as it allows a shape mismatch there.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
+import math
 import pickle
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_bpdg.checkpoint.patterns import Shape
+from megatron_bpdg.checkpoint.mapping import ModelMapping
+from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.raw import load_structure, stored
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 METADATA_FILE = ".metadata"
@@ -47,8 +41,11 @@ SOURCE_FILE = "bpdg_source.json"
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = "decoder.layers."
-# Training checkpoints carry these besides the weights.
-_NOT_WEIGHTS = re.compile(r"^(chained_\d+\.)?optimizer\.")
+_EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.")
+_EXPERTS = ".mlp.experts.experts."
+# Training checkpoints carry this besides the weights.
+_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
+_NOT_WEIGHTS = re.compile(rf"{_OPTIMIZER.pattern}|\._extra_state$")
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,29 @@ class Source:
     format: int = 1
 
 
-def stacked_key(key: str) -> tuple[str, int | None]:
-    """Per-layer name -> (name in the file, index on its dimension 0); other names unchanged with None."""
-    layer = _LAYER.match(key)
-    if layer is None:
-        return key, None
-    return _STACKED + key[layer.end() :], int(layer.group(1))
+@dataclass(frozen=True)
+class StackedKey:
+    """Where a canonical key's tensor is within a stored one.
+
+    Attributes:
+        key: name in the file.
+        index: its place in the leading dimensions of the stored tensor (layer, expert), those that are stacked.
+    """
+
+    key: str
+    index: Shape = ()
+
+
+def stacked_key(key: str, *, layers: bool = True) -> StackedKey:
+    """Canonical key -> where Megatron-Core stores it, with or without stacked layers; experts are always stacked."""
+    index: list[int] = []
+    if layers and (layer := _LAYER.match(key)):
+        key = _STACKED + key[layer.end() :]
+        index.append(int(layer.group(1)))
+    if expert := _EXPERT.search(key):
+        key = f"{key[: expert.start()]}{_EXPERTS}{key[expert.end() :]}"
+        index.append(int(expert.group(1)))
+    return StackedKey(key, tuple(index))
 
 
 _METADATA_CLASSES = {
@@ -113,54 +127,53 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in checkpoint metadata")
 
 
-class _SafeReader(dcp.FileSystemReader):
-    """DCP's reader with metadata that cannot run code (tensors are loaded with weights_only already)."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / METADATA_FILE).open("rb") as stream:
-            metadata: Metadata = _MetadataUnpickler(stream).load()
-        return metadata
-
-
-class _OneTensor(LoadPlanner):
-    """Receives the pieces of one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        return None
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError("only tensors are planned")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        region = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            region = region.narrow(dim, start, length)
-        return region
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        return None
-
-
 @dataclass(frozen=True)
-class _Stored:
-    """Where one layer's tensor lies: the file's keys (two for a split gate and up), and the index on dimension 0."""
+class _Piece:
+    """A saved piece of one tensor.
 
-    keys: tuple[str, ...]
-    layer: int | None
+    Attributes:
+        offsets: where it lies in the tensor.
+        sizes: of the piece within the tensor.
+        index: of the tensor in the leading dimensions that the piece has in its file.
+        saved: shape in its file.
+        place: file, offset, length.
+    """
+
+    offsets: Shape
+    sizes: Shape
+    index: Shape
+    saved: Shape
+    place: tuple[Path, int, int]
+
+    def read(self) -> Tensor:
+        file, offset, length = self.place
+        tensor = load_structure(file, offset, length)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.saved:
+            raise ValueError(f"{file}: the piece at byte {offset} is not the tensor {self.saved} of the metadata")
+        piece = stored(tensor, file, offset)
+        for index in self.index:
+            piece = piece.select(index)
+        return piece.read()
+
+
+@dataclass
+class _Stored:
+    """One tensor: full shape, dtype, and the pieces of it (of gate and up, where they have separate keys)."""
+
     shape: Shape
     dtype: torch.dtype
+    pieces: list[_Piece]
+
+    def read(self) -> Tensor:
+        if len(self.pieces) == 1:
+            return self.pieces[0].read()
+        full = torch.empty(self.shape, dtype=self.dtype)
+        for piece in self.pieces:
+            region = full
+            for dim, (start, length) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
+                region = region.narrow(dim, start, length)
+            region.copy_(piece.read())
+        return full
 
 
 class TorchDistCheckpoint:
@@ -179,13 +192,14 @@ class TorchDistCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.root, self.directory = _resolve(Path(path))
-        self._reader = _SafeReader(self.directory)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(f"{self.directory / METADATA_FILE} is not checkpoint metadata: {error}") from error
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._metadata = _read_metadata(self.directory / METADATA_FILE)
         self._stored = self._index()
+
+    @property
+    def iteration(self) -> int | None:
+        """Number of the step; None for a release."""
+        digits = self.directory.name.removeprefix("iter_")
+        return int(digits) if digits.isdecimal() else None
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -201,75 +215,162 @@ class TorchDistCheckpoint:
         folder = self.root / HF_FOLDER
         return folder if (folder / "config.json").is_file() else None
 
+    @property
+    def stacked(self) -> bool:
+        """Whether one stored tensor holds all layers."""
+        keys = self._metadata.state_dict_metadata
+        return not any(_LAYER.match(key) for key in keys)
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether optimizer state was saved along."""
+        return any(_OPTIMIZER.match(key) for key in self._metadata.state_dict_metadata)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """Data files, each with its pieces inside."""
+        return sorted({self.directory / info.relative_path for info in self._metadata.storage_data.values()})
+
     def _index(self) -> dict[str, _Stored]:
-        stored: dict[str, _Stored] = {}
+        self._check_files()
+        found: dict[str, _Stored] = {}
         tensors = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
+            if isinstance(entry, TensorStorageMetadata)
+            and not _OPTIMIZER.match(key)
+            and not key.endswith("._extra_state")
         }
         for key, entry in tensors.items():
-            size, dtype = tuple(entry.size), entry.properties.dtype
-            base = key.removesuffix("_w")
-            if key.endswith("_v") and f"{key.removesuffix('_v')}_w" in tensors:
-                continue  # the up half, taken together with its gate
-            if base != key and f"{base}_v" in tensors:
-                stored[base] = _Stored((key, f"{base}_v"), None, (2 * size[0], *size[1:]), dtype)
-            elif key.startswith(_STACKED) and _LAYER.match(key) is None:
-                for layer in range(size[0]):
-                    name = f"{_STACKED}{layer}.{key.removeprefix(_STACKED)}"
-                    stored[name] = _Stored((key,), layer, size[1:], dtype)
-            else:
-                stored[key] = _Stored((key,), None, size, dtype)
-        return stored
+            # Gate and up halves under keys of their own count as the two halves of the rows.
+            base, half = key, 0
+            if key.endswith(("_w", "_v")) and {f"{key[:-2]}_w", f"{key[:-2]}_v"} <= tensors.keys():
+                base, half = key[:-2], 1 + key.endswith("_v")
+            self._add_tensor(found, key, entry, base, half)
+        for name, tensor in found.items():
+            if sum(math.prod(piece.sizes) for piece in tensor.pieces) != math.prod(tensor.shape):
+                raise ValueError(f"{self.directory}: the saved pieces of {name} do not cover it exactly")
+        return _rename_expert_norms(found)
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._metadata.storage_data.values():
+            if getattr(info, "transform_descriptors", None):
+                raise ValueError(f"{self.directory}: compressed or encrypted checkpoints are not supported")
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        if absent := [name for name in sorted(ends) if not (self.directory / name).is_file()]:
+            raise FileNotFoundError(
+                f"{self.directory}: {METADATA_FILE} names files that are absent: {', '.join(absent)}"
+            )
+        for name, end in ends.items():
+            if (size := (self.directory / name).stat().st_size) < end:
+                raise ValueError(f"{self.directory / name} is truncated: {size} bytes, the metadata asks for {end}")
+
+    def _add_tensor(
+        self, found: dict[str, _Stored], key: str, entry: TensorStorageMetadata, base: str, half: int
+    ) -> None:
+        stacked_layers = key.startswith(_STACKED) and _LAYER.match(key) is None
+        stacked_experts = _EXPERTS in key and _EXPERT.search(key) is None
+        leading = stacked_layers + stacked_experts
+        shape = tuple(entry.size)[leading:]
+        rows = shape[0] if shape and half else 0
+        full = (2 * rows, *shape[1:]) if half else shape
+        for chunk in entry.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            if info is None:
+                continue  # found out when the pieces do not cover the tensor
+            place = (self.directory / info.relative_path, info.offset, info.length)
+            within = offsets[leading:]
+            if half:
+                within = (within[0] + rows * (half - 1), *within[1:])
+            for index in itertools.product(*(range(size) for size in sizes[:leading])):
+                at = [start + i for start, i in zip(offsets, index, strict=False)]
+                name = base
+                if stacked_layers:
+                    name = f"{_STACKED}{at.pop(0)}.{name.removeprefix(_STACKED)}"
+                if stacked_experts:
+                    name = name.replace(_EXPERTS, f"{_EXPERTS}{at.pop(0)}.")
+                tensor = found.setdefault(name, _Stored(full, entry.properties.dtype, []))
+                tensor.pieces.append(_Piece(within, sizes[leading:], index, sizes, place))
+
+    def check(self, mapping: ModelMapping) -> None:
+        """Raise MappingError, listing every problem, unless the tensors are exactly this model's."""
+        mapping.check_megatron(self.shapes, str(self.directory))
 
     def read(self, key: str) -> Tensor:
-        """One full tensor, by canonical key.
+        """One full tensor, by canonical key. Safe in several threads at once."""
+        return self._stored[key].read()
 
-        Raises:
-            ValueError: where the files do not cover the tensor.
-        """
-        stored = self._stored[key]
-        parts = [self._read_stored(name, stored.layer) for name in stored.keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def read_weight(self, weight: Weight) -> Tensor:
+        """The full tensor of an entry of the mapping."""
+        return self.read(weight.key)
 
-    def _read_stored(self, key: str, layer: int | None) -> Tensor:
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata)
-        offsets = [0] * len(entry.size)
-        sizes = list(entry.size)
-        if layer is not None:
-            offsets[0], sizes[0] = layer, 1
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, entry, [chunk])
-        if sum(torch.Size(item.lengths).numel() for item in items) != target.numel():
-            raise ValueError(f"{self.directory}: the saved pieces of {key} do not cover it exactly")
-        self._reader.read_data(LoadPlan(items), _OneTensor(target))
-        return target if layer is None else target[0]
+
+def _rename_expert_norms(found: dict[str, _Stored]) -> dict[str, _Stored]:
+    """Megatron-Core's torch-only spec stores the norm before experts under the key of the dense MLP's fused norm."""
+    fused = ".mlp.linear_fc1.layer_norm_weight"
+    renamed = {}
+    for name, tensor in found.items():
+        layer = name.removesuffix(fused)
+        if layer != name and f"{layer}.mlp.router.weight" in found:
+            name = f"{layer}.pre_mlp_layernorm.weight"
+        renamed[name] = tensor
+    return renamed
+
+
+def _read_metadata(file: Path) -> Metadata:
+    with file.open("rb") as stream:
+        try:
+            metadata = _MetadataUnpickler(stream).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise ValueError(f"{file} is not checkpoint metadata: {error}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError(f"{file} is not checkpoint metadata: it holds {type(metadata).__name__}")
+    return metadata
 
 
 def is_torch_dist(path: Path) -> bool:
-    """Whether `path` is DIR of the module docstring or one step's directory."""
+    """Whether `path` is DIR of the module docstring or one step's directory (a broken one included)."""
     return (path / TRACKER_FILE).is_file() or (path / METADATA_FILE).is_file()
+
+
+def step_directory(path: Path) -> tuple[Path, Path]:
+    """(DIR, the step's directory) of a Megatron checkpoint in any format, from DIR with its tracker or from the step's.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a tracker that holds something else.
+    """
+    tracker = path / TRACKER_FILE
+    if not tracker.is_file():
+        if path.is_dir() and (path.name == RELEASE or path.name.startswith("iter_")):
+            return path.parent, path
+        raise FileNotFoundError(
+            f"{path} is no Megatron checkpoint: it has neither {TRACKER_FILE} nor the name of a step"
+        )
+    step = tracker.read_text(encoding="utf-8").strip()
+    if step != RELEASE and not step.isdecimal():
+        raise ValueError(f"{tracker} holds {step!r}; expected 'release' or an iteration number")
+    directory = path / (RELEASE if step == RELEASE else f"iter_{int(step):07d}")
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{tracker} points at {directory}, which does not exist")
+    return path, directory
 
 
 def _resolve(path: Path) -> tuple[Path, Path]:
     """(DIR, the step's directory)."""
     if (path / METADATA_FILE).is_file():
         return path.parent, path
-    tracker = path / TRACKER_FILE
-    if not tracker.is_file():
+    if not (path / TRACKER_FILE).is_file():
         raise FileNotFoundError(
             f"{path} is no torch_dist checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}"
         )
-    step = tracker.read_text(encoding="utf-8").strip()
-    if step != RELEASE and not step.isdecimal():
-        raise ValueError(f"{tracker} holds {step!r}; expected 'release' or an iteration number")
-    directory = path / (RELEASE if step == RELEASE else f"iter_{int(step):07d}")
+    root, directory = step_directory(path)
     if not (directory / METADATA_FILE).is_file():
+        tracker = path / TRACKER_FILE
         raise FileNotFoundError(f"{tracker} points at {directory}, which has no {METADATA_FILE}: not a torch_dist save")
-    return path, directory
+    return root, directory
 
 
 def read_source(hf_folder: Path) -> Source | None:

@@ -95,12 +95,21 @@ class MegatronPolicy:
 
         training = self.module.training
         self.module.eval()
-        results = self._run(batches, collect, forward_only=True)
+        results = self._run(batches, collect, forward_only=True)[: len(batches)]
         self.module.train(training)
         return results if self.groups.is_last_stage else []
 
+    def _in_step(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """As many micro-batches on every rank: tokens go to experts on other replicas, which have to be there too."""
+        if self.shape.experts is None or self.layout.expert_parallel * self.layout.expert_tensor_parallel == 1:
+            return list(batches)
+        most = torch.tensor(len(batches), device=default_device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return [*batches, *to_batches([[]] * (int(most) - len(batches)), self)]
+
     def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         device = default_device()
+        batches = self._in_step(batches)
 
         def forward_step(batch_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
             batch = next(batch_iterator).to(device)

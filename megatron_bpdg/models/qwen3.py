@@ -1,8 +1,8 @@
-"""Qwen3 dense models on Megatron-Core's GPTModel, described by HF's config.json."""
+"""Qwen3 models, dense and with experts, and their relatives on Megatron-Core's GPTModel."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
@@ -19,91 +19,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_bpdg.config.schema import Layout
-from megatron_bpdg.models.specs import block_spec
+from megatron_bpdg.models.shape import Qwen3Shape, check_layout, padded_vocab_size
+from megatron_bpdg.models.specs import block_spec, transformer_engine_available
 from megatron_bpdg.parallel.platform import cpu_platform_enabled, default_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Qwen3Shape:
-    """Sizes of a Qwen3 dense model, in HF's terms.
-
-    `head_dim` is a field of its own: hidden_size / num_attention_heads is wrong for 0.6B, 4B and 32B.
-    """
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    tie_word_embeddings: bool
-    head_dim: int = 128
-    vocab_size: int = 151_936
-    max_position_embeddings: int = 40_960
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Qwen3Shape:
-        """Read HF's config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
-
-        Raises:
-            ValueError: naming the field that is missing.
-        """
-        fields = dict(config)
-        if "rope_theta" not in fields:
-            fields["rope_theta"] = (fields.get("rope_parameters") or {}).get("rope_theta")
-        required = [name for name in cls.__dataclass_fields__ if name != "max_position_embeddings"]
-        if missing := [name for name in required if fields.get(name) is None]:
-            raise ValueError(f"config.json has no {', '.join(missing)}")
-        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if fields.get(name) is not None})
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model, the tied embedding counted once, padding not."""
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        attention = self.hidden_size * self.head_dim * 2 * (heads + groups) + 2 * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
-
-
-# Published dense models (HF config.json of each release).
-SIZES = {
-    "0.6B": Qwen3Shape(28, 1024, 3072, 16, 8, tie_word_embeddings=True),
-    "1.7B": Qwen3Shape(28, 2048, 6144, 16, 8, tie_word_embeddings=True),
-    "4B": Qwen3Shape(36, 2560, 9728, 32, 8, tie_word_embeddings=True),
-    "8B": Qwen3Shape(36, 4096, 12_288, 32, 8, tie_word_embeddings=False),
-    "14B": Qwen3Shape(40, 5120, 17_408, 40, 8, tie_word_embeddings=False),
-    "32B": Qwen3Shape(64, 5120, 25_600, 64, 8, tie_word_embeddings=False),
-}
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding over all ranks: the next multiple of the tensor-parallel size.
-
-    Qwen3's 151,936 rows need no padding at any power of two up to 128. Padded rows never enter a softmax.
-    """
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
-
-
-def check_layout(shape: Qwen3Shape, layout: Layout) -> None:
-    """Raise ValueError naming every size that the layout does not divide."""
-    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
-    divisible = {
-        "num_attention_heads": (shape.num_attention_heads, tp, "tensor_parallel"),
-        "num_key_value_heads": (shape.num_key_value_heads, tp, "tensor_parallel"),
-        "intermediate_size": (shape.intermediate_size, tp, "tensor_parallel"),
-        "num_hidden_layers": (shape.num_hidden_layers, pp, "pipeline_parallel"),
-    }
-    problems = [
-        f"layout.{knob}: {size} does not divide {name} = {value}"
-        for name, (value, size, knob) in divisible.items()
-        if value % size
-    ]
-    if problems:
-        raise ValueError("; ".join(problems) + "; choose a divisor")
 
 
 def transformer_config(
@@ -127,7 +47,9 @@ def transformer_config(
         kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.qkv_bias,
+        softmax_scale=_softmax_scale(shape),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -154,7 +76,43 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **_expert_fields(shape, layout),
     )
+
+
+def _softmax_scale(shape: Qwen3Shape) -> float | None:
+    # YaRN multiplies queries and keys alike, the whole head: the same as a factor on their product.
+    attention = 1.0 if shape.rope_scaling is None else shape.rope_scaling.attention
+    return attention**2 / math.sqrt(shape.head_dim)
+
+
+def _expert_fields(shape: Qwen3Shape, layout: Layout) -> dict[str, Any]:
+    """Softmax over all experts, the top k, no capacity limit and no load-balancing or z-loss: HF's forward pass.
+
+    Megatron-Core takes the softmax after the choice by default, which renormalises the chosen weights to 1. Logits and
+    weights of the router are float32 whatever the model's dtype, where HF rounds them.
+    """
+    experts = shape.experts
+    if experts is None:
+        return {}
+    layers = [int(i not in experts.dense_layers) for i in range(shape.num_hidden_layers)]
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.moe_intermediate_size,
+        "moe_router_topk": experts.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_expert_capacity_factor": None,
+        "moe_grouped_gemm": transformer_engine_available(),
+        # Megatron-Core stacks the layers of a checkpoint only where this is an integer.
+        "moe_layer_freq": 1 if all(layers) else layers,
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+    }
 
 
 class HiddenStateGPTModel(GPTModel):
@@ -191,7 +149,10 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    if shape.rope_scaling is not None:
+        model.rotary_pos_emb.inv_freq = shape.rope_scaling.frequencies(shape.head_dim, shape.rope_theta)
     _mark_tensor_parallel(model)
+    _mark_experts(model)
     return model.to(default_device())
 
 
@@ -205,3 +166,14 @@ def _mark_tensor_parallel(model: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if type(module) in partition_dim and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim[type(module)], stride=1)
+
+
+def _mark_experts(model: nn.Module) -> None:
+    """Sum the experts' gradients over the ranks that hold the same ones.
+
+    Megatron-Core does so only under expert parallelism; without, it sums over data-parallel ranks, which leaves out
+    the tensor-parallel ranks that hold the same expert and route other tokens to it (expert_tensor_parallel < TP).
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """Layer specs for Qwen3: Transformer Engine's where it is installed, else plain torch with sequence parallelism.
 
-Megatron-Core's own torch-only pieces refuse sequence parallelism (its norm) and need a materialised score matrix (its
-attention); the two modules here lift both limits. Both spec families save under the same torch_dist keys.
+Megatron-Core's own torch-only pieces refuse sequence parallelism (its norm), need a materialised score matrix (its
+attention) and in some versions Transformer Engine (its router); the modules here lift these limits. Both spec families
+save under the same torch_dist keys.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor, nn
 
 
@@ -67,7 +76,13 @@ class TorchAttention(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
@@ -76,6 +91,7 @@ class TorchAttention(nn.Module):
                 "install Transformer Engine for context parallelism"
             )
         self.config = config
+        self.softmax_scale = softmax_scale
 
     def forward(
         self,
@@ -95,13 +111,40 @@ class TorchAttention(nn.Module):
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             is_causal=True,
+            scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def torch_layer_spec() -> ModuleSpec:
-    """One Qwen3 layer from Megatron-Core's parallel linears and the two modules above."""
+class TorchRouter(TopKRouter):
+    """Megatron-Core's router with its gate as a plain float32 matmul; 0.16 has one for Transformer Engine only."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float())
+
+
+class TorchExperts(SequentialMLP):
+    """This rank's experts, one MLP after the other."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, submodules=_mlp(), **kwargs)
+
+
+def _mlp() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def torch_layer_spec(*, qk_norm: bool = True, experts: bool = False) -> ModuleSpec:
+    """One layer from Megatron-Core's parallel linears and the modules above."""
+    head_norm = RMSNorm if qk_norm else IdentityOp
+    # Transformer Engine fuses norms into the linear after them; save under its keys.
+    saved_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if experts:
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=TorchExperts, router=TorchRouter))
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=_mlp())
+        saved_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -113,28 +156,30 @@ def torch_layer_spec() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=TorchAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm,
-                    k_layernorm=RMSNorm,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses each norm into the linear after it; save under its keys.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=saved_as,
         ),
     )
 
 
-def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's stack of layers."""
     if transformer_engine_available():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    num_layers = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec()] * num_layers, layer_norm=RMSNorm)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    first = get_transformer_layer_offset(config)
+    specs = {kind: torch_layer_spec(qk_norm=config.qk_layernorm, experts=kind) for kind in (False, True)}
+    layers = range(first, first + get_num_layers_to_build(config))
+    return TransformerBlockSubmodules(layer_specs=[specs[_has_experts(config, i)] for i in layers], layer_norm=RMSNorm)
+
+
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    if config.num_moe_experts is None:
+        return False
+    return config.moe_layer_freq == 1 or bool(config.moe_layer_freq[layer])

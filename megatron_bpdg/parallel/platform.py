@@ -2,8 +2,9 @@
 
 Megatron-Core asks `torch.cuda` for the current device, its RNG state and a synchronisation point, creates small
 buffers with ``device="cuda"``, and checks dtypes by their CUDA type names. `enable_cpu_platform` points each of those
-at the CPU. Nothing in Megatron-Core itself is replaced, so the arithmetic, the schedules and the collectives (over
-gloo) are the ones that run on GPUs.
+at the CPU. For experts it exchanges unequal parts, with split sizes that only a copy from the GPU would turn into
+numbers: three collectives learn what NCCL does and gloo does not. Nothing in Megatron-Core itself is replaced, so the
+arithmetic, the schedules and the collectives (over gloo) are the ones that run on GPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # Factories that Megatron-Core calls with a literal device="cuda".
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
@@ -30,6 +32,7 @@ _CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "current_stream": lambda *args, **kwargs: _Stream(),
     "default_stream": lambda *args, **kwargs: _Stream(),
     "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+    "Stream": lambda *args, **kwargs: _Stream(),
 }
 _originals: dict[str, Any] = {}
 
@@ -42,6 +45,9 @@ class _Stream:
 
     def wait_event(self, event: object) -> None:
         return None
+
+    def record_event(self) -> _Stream:
+        return self
 
     def synchronize(self) -> None:
         return None
@@ -74,6 +80,77 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
+def _with_sizes_as_numbers(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
+    """Split sizes may be tensors."""
+
+    def numbers(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(all_to_all_single)
+    def exchange(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return all_to_all_single(
+            output, input, numbers(output_split_sizes), numbers(input_split_sizes), *args, **kwargs
+        )
+
+    return exchange
+
+
+def _unequal(tensors: list[torch.Tensor]) -> bool:
+    return len({len(tensor) for tensor in tensors}) > 1
+
+
+def _gathering_unequal(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Ranks may give different numbers of rows."""
+
+    @functools.wraps(all_gather)
+    def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if not _unequal(tensor_list):
+            return all_gather(tensor_list, tensor, group, async_op)
+        rows = [len(part) for part in tensor_list]
+        gathered = torch.cat(tensor_list)
+        dist.all_to_all_single(gathered, torch.cat([tensor] * len(rows)), rows, [len(tensor)] * len(rows), group=group)
+        for part, values in zip(tensor_list, gathered.split(rows)):
+            part.copy_(values)
+        return None
+
+    return gather
+
+
+def _scattering_unequal(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """Ranks may get different numbers of rows of the sum."""
+
+    @functools.wraps(reduce_scatter)
+    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if not _unequal(input_list):
+            return reduce_scatter(output, input_list, *args, **kwargs)
+        received = output.new_empty(len(input_list), *output.shape)
+        dist.all_to_all_single(
+            received.flatten(0, 1),
+            torch.cat(input_list),
+            [len(output)] * len(input_list),
+            [len(part) for part in input_list],
+            group=kwargs.get("group"),
+        )
+        output.copy_(received.sum(0))
+        return None
+
+    return scatter
+
+
+_COLLECTIVES = {
+    "all_to_all_single": _with_sizes_as_numbers,
+    "all_gather": _gathering_unequal,
+    "reduce_scatter": _scattering_unequal,
+}
+
+
 def cpu_platform_enabled() -> bool:
     return bool(_originals)
 
@@ -102,6 +179,8 @@ def enable_cpu_platform() -> None:
         patch(torch.cuda, name, replacement)
     for name in _FACTORIES:
         patch(torch, name, _redirecting(getattr(torch, name)))
+    for name, extend in _COLLECTIVES.items():
+        patch(dist, name, extend(getattr(dist, name)))
     patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     patch(torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type))
 

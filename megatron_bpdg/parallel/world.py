@@ -51,6 +51,8 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

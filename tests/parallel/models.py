@@ -1,11 +1,12 @@
-"""Tiny HF Qwen3 checkpoints and seeded trajectories for the tests on real Megatron-Core."""
+"""Tiny HF checkpoints and seeded trajectories for the tests on real Megatron-Core."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_bpdg.drift import FixedBlocks
 from megatron_bpdg.rollout.trajectory import Trajectory
@@ -13,24 +14,39 @@ from megatron_bpdg.rollout.trajectory import Trajectory
 VOCAB = 18
 
 
-def write_checkpoint(folder: Path, *, tied: bool, seed: int, layers: int = 4, vocab: int = VOCAB) -> Path:
-    """A random Qwen3 with non-trivial norms, 4 heads in 4 groups (so that it splits over 4 ranks), in float32."""
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=8,
-        tie_word_embeddings=tied,
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True}
+
+
+def write_checkpoint(
+    folder: Path, *, tied: bool, seed: int, layers: int = 4, vocab: int = VOCAB, kind: str = "qwen3", **changes: Any
+) -> Path:
+    """A random model with non-trivial norms and biases, 8 heads in 4 groups (so that it splits over 4 ranks), float32.
+
+    Args:
+        kind: model_type; "qwen3_moe" has 8 experts, 3 for each token.
+        changes: other config fields.
+    """
+    sizes = SIZES | (EXPERTS if kind == "qwen3_moe" else {}) | changes
+    if kind == "qwen2":  # the head size is hidden_size / heads
+        del sizes["head_dim"]
+    config = AutoConfig.for_model(
+        kind, vocab_size=vocab, num_hidden_layers=layers, tie_word_embeddings=tied, use_cache=False, **sizes
     )
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+        # A router as narrow as the rest would give all experts nearly the same weight.
+        std = 1.0 if name.endswith("mlp.gate.weight") else 0.2
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
     model.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""HF transformers' Qwen3 as the oracle: of Megatron-Core's logits, and of the embedded engine's log-probs."""
+"""HF transformers as the oracle: of Megatron-Core's logits, and of the embedded engine's log-probs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
@@ -17,7 +17,7 @@ from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.batch import collate
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
-from megatron_bpdg.rollout.engine import Request, Response
+from megatron_bpdg.rollout.engine import Request, Response, generate
 from megatron_bpdg.rollout.sampling import sample_seed
 from tests.parallel.models import trajectories, write_checkpoint
 
@@ -49,16 +49,43 @@ def _logits(checkpoint: Path) -> list[torch.Tensor]:
     return list(logits_NV.split([len(t.response_ids) for t in given]))
 
 
-def _reference_logits(model: Qwen3ForCausalLM, prompt: list[int], response: list[int]) -> torch.Tensor:
+def _reference_logits(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     with torch.no_grad():
         logits_TV = model(torch.tensor([prompt + response])).logits[0]
     return logits_TV[len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_logits_equal_transformers(tmp_path: Path, tied: bool) -> None:
-    checkpoint = write_checkpoint(tmp_path / "hf", tied=tied, seed=3)
-    model = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Name -> what is not the default of `write_checkpoint`.
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"tied": True},
+    "untied": {},
+    "yarn": {"rope_parameters": YARN},
+    "yarn_by_hand": {"rope_parameters": YARN | {"attention_factor": 0.7, "beta_fast": 4.0, "truncate": False}},
+    "moe": {"kind": "qwen3_moe"},
+    "moe_tied_yarn": {"kind": "qwen3_moe", "tied": True, "rope_parameters": YARN},
+    "moe_weights_below_1": {"kind": "qwen3_moe", "norm_topk_prob": False},
+    "moe_one_expert": {"kind": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 1},
+    "moe_every_second_layer": {"kind": "qwen3_moe", "decoder_sparse_step": 2},
+    "moe_but_not_layer_2": {"kind": "qwen3_moe", "mlp_only_layers": [2]},
+    "qwen2": {"kind": "qwen2", "tied": True},
+    "llama": {"kind": "llama"},
+    "llama3": {"kind": "llama", "rope_parameters": LLAMA3},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "hf", **({"tied": False, "seed": 3} | MODELS[name]))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     assert model.config.num_hidden_layers == 4
     logits = _logits(checkpoint)
     spread = []
@@ -67,6 +94,20 @@ def test_logits_equal_transformers(tmp_path: Path, tied: bool) -> None:
         assert float((actual_RV - expected_RV).abs().max()) < 1e-4
         spread.append(float(expected_RV.std()))
     assert min(spread) > 0.1, "logits near zero would agree whatever the model"
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3], ids=["yarn", "llama3"])
+def test_scaled_rotary_embeddings_matter_at_these_lengths(tmp_path: Path, rope: dict[str, Any]) -> None:
+    """Otherwise the test above would pass without them."""
+    checkpoint = write_checkpoint(tmp_path / "hf", tied=False, seed=3, kind="llama", rope_parameters=rope)
+    plain = AutoConfig.from_pretrained(checkpoint)
+    plain.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, config=plain, dtype=torch.float32).eval()
+    differences = [
+        float((actual_RV - _reference_logits(model, t.prompt_ids, t.response_ids)).abs().max())
+        for t, actual_RV in zip(trajectories(), _logits(checkpoint))
+    ]
+    assert max(differences) > 1e-2
 
 
 def _generate(checkpoint: Path, batch_sizes: list[int], sampling: Sampling) -> dict[str, list[Response]]:
@@ -79,12 +120,12 @@ def _generate(checkpoint: Path, batch_sizes: list[int], sampling: Sampling) -> d
         for batch_size in batch_sizes:
             engine = EmbeddedEngine(checkpoint, eos_id=EOS, pad_id=0, batch_size=batch_size, dtype=torch.float32)
             with pytest.raises(RuntimeError, match="before load_weights"):
-                engine.generate(requests, sampling)
+                generate(engine, requests, sampling)
             engine.load_weights(iter_hf_weights([policy.module], config), version=4)
-            results[f"batches of {batch_size}"] = engine.generate(requests, sampling)
-        results["backwards"] = engine.generate(requests[::-1], sampling)[::-1]
+            results[f"batches of {batch_size}"] = generate(engine, requests, sampling)
+        results["backwards"] = generate(engine, requests[::-1], sampling)[::-1]
         told: list[int] = []
-        engine.generate(requests, sampling, told.append)
+        generate(engine, requests, sampling, lambda responses: told.append(len(list(responses))))
         assert sum(told) == len(requests)
     return results
 
@@ -109,7 +150,7 @@ def test_the_embedded_engine_samples_from_the_model(tmp_path: Path, tied: bool, 
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
     for responses in results.values():
         for prompt, response in zip(prompts, responses):
-            assert response.weight_version == 4
+            assert response.version_R.tolist() == [4] * len(response.ids)
             assert response.finished == (response.ids[-1] == EOS)
             assert EOS not in response.ids[:-1]
             assert response.finished or len(response.ids) == sampling.max_new_tokens

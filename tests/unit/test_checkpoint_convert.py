@@ -1,4 +1,4 @@
-"""Offline conversions: byte-exact round trips on random models, foreign layouts of torch_dist, and errors."""
+"""Offline conversions: what is kept bit for bit, foreign layouts of torch_dist, dtypes, and errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-import tempfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -14,65 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint import files
+from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, stacked_key
-from megatron_bpdg.checkpoint.verify import compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.verify import compare_hf
 from tests.checkpoint_fixtures import save_tiny_qwen3
 
 
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
     return save_tiny_qwen3(tmp_path / "hf", tied=False, num_hidden_layers=2)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    tied=st.booleans(),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-    groups=st.sampled_from([1, 2, 3]),
-    per_group=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 6]),
-    layers=st.integers(1, 3),
-    vocab=st.integers(1, 40),
-    shard_size=st.sampled_from([300, 4000, 10**9]),
-)
-def test_round_trip_is_byte_exact(
-    tied: bool,
-    dtype: torch.dtype,
-    groups: int,
-    per_group: int,
-    head_dim: int,
-    layers: int,
-    vocab: int,
-    shard_size: int,
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        source = save_tiny_qwen3(
-            work / "hf",
-            tied=tied,
-            dtype=dtype,
-            max_shard_size=shard_size,
-            num_key_value_heads=groups,
-            num_attention_heads=groups * per_group,
-            head_dim=head_dim,
-            num_hidden_layers=layers,
-            vocab_size=vocab,
-            hidden_size=8,
-            intermediate_size=10,
-        )
-        megatron = hf_to_megatron(source, work / "megatron")
-        back = megatron_to_hf(megatron, work / "back", max_shard_size=shard_size)
-        assert compare_hf(source, back) == []
-        assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
-        assert sorted(path.name for path in work.iterdir()) == ["back", "hf", "megatron"]
 
 
 def test_bits_survive(hf: Path, tmp_path: Path) -> None:
@@ -139,7 +94,7 @@ def _foreign(hf: Path, path: Path, *, split_gate: bool = False, **changes: Any) 
             state[f"{weight.key}_w"], state[f"{weight.key}_v"] = full.chunk(2)
         else:
             state[weight.key] = full
-        state[f"optimizer.state.exp_avg.{stacked_key(weight.key)[0]}"] = torch.zeros(2)
+        state[f"optimizer.state.exp_avg.{stacked_key(weight.key).key}"] = torch.zeros(2)
         state["chained_0.optimizer.state.exp_avg.x"] = torch.zeros(2)
     (path / "iter_0000012").mkdir(parents=True)
     dcp.save(state | changes, checkpoint_id=path / "iter_0000012", no_dist=True)
@@ -164,11 +119,28 @@ def test_tensors_that_do_not_belong_raise(hf: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def test_missing_tensors_stop_the_conversion_before_it_writes(hf: Path, tmp_path: Path) -> None:
+def test_every_misfit_is_listed_before_anything_is_written(hf: Path, tmp_path: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_projection.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    tensors["model.layers.1.self_attn.o_proj.weight"] = torch.zeros(32, 95)
     save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(MappingError, match=r"missing model.norm.weight"):
+    with pytest.raises(MappingError, match=r"\(2 missing, 1 surplus, 1 wrong\)") as raised:
+        hf_to_megatron(hf, tmp_path / "megatron")
+    for line in (
+        "missing model.norm.weight",
+        "missing model.layers.0.mlp.up_proj.weight (nearest: model.layers.0.mlp.up_projection.weight)",
+        "surplus model.layers.0.mlp.up_projection.weight",
+        "wrong   model.layers.1.self_attn.o_proj.weight: shape (32, 95), expected (32, 96)",
+    ):
+        assert line in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_unsupported_architecture_stops_the_conversion(hf: Path, tmp_path: Path) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(ValueError, match=r"model_type 'mamba' is not supported \(supported: qwen3, qwen3_moe"):
         hf_to_megatron(hf, tmp_path / "megatron")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -238,6 +210,9 @@ def test_trackers(hf: Path, tmp_path: Path) -> None:
         TorchDistCheckpoint(hf)
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("3")
+    with pytest.raises(FileNotFoundError, match=r"iter_0000003, which does not exist"):
+        TorchDistCheckpoint(tmp_path)
+    (tmp_path / "iter_0000003").mkdir()
     with pytest.raises(FileNotFoundError, match=r"iter_0000003, which has no \.metadata"):
         TorchDistCheckpoint(tmp_path)
     tracker.write_text("latest")
@@ -275,9 +250,10 @@ def test_tools_convert_both_ways_without_megatron(hf: Path, tmp_path: Path) -> N
 
     to_megatron = run("convert_hf_to_megatron.py", hf, tmp_path / "megatron")
     assert to_megatron.returncode == 0, to_megatron.stderr
-    to_hf = run("convert_megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--compare", hf)
+    to_hf = run("convert_megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--verify")
     assert to_hf.returncode == 0, to_hf.stderr
-    assert f"identical to {hf}" in to_hf.stdout
+    assert "survive the round trip" in to_hf.stderr
+    assert compare_hf(hf, tmp_path / "back") == []
     refused = run("convert_hf_to_megatron.py", hf, tmp_path / "megatron")
     assert refused.returncode == 1
     assert "error: " in refused.stderr

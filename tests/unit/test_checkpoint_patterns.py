@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_bpdg.checkpoint.patterns import (
     QKV,
     ColumnParallel,
+    ExpertGatedMLP,
+    ExpertRowParallel,
     GatedMLP,
     Replicated,
     RowParallel,
@@ -91,10 +93,22 @@ def test_gated_mlp_ranks_hold_their_gate_then_their_up() -> None:
     assert first_column(weight.unshard(shards)) == first_column(full)
 
 
+def test_experts_are_cut_over_their_own_tensor_ranks_and_placed_by_index() -> None:
+    fc1 = ExpertGatedMLP("fc1", ("gate", "up"), ((4, 1), (4, 1)), expert=5, num_experts=8)
+    full = fc1.hf_to_megatron([labelled(1, 4, 1), labelled(2, 4, 1)])
+    assert [first_column(fc1.shard(full, rank, 2)) for rank in range(2)] == [[100, 110, 200, 210], [120, 130, 220, 230]]
+    fc2 = ExpertRowParallel("fc2", ("down",), ((2, 4),), expert=5, num_experts=8)
+    assert fc2.shard(labelled(1, 2, 4), 1, 2).tolist() == [[102, 103], [112, 113]]
+    # 8 experts on 4 ranks: 0 1 | 2 3 | 4 5 | 6 7.
+    assert (fc1.ep_rank(4), fc1.local_expert(4)) == (2, 1)
+    with pytest.raises(ValueError, match="fc2: expert-parallel size 3 does not divide 8 experts"):
+        fc2.ep_rank(3)
+
+
 @st.composite
 def weights(draw: st.DrawFn) -> Weight:
     small = st.integers(1, 3)
-    kind = draw(st.sampled_from(["replicated", "column", "row", "vocab", "qkv", "gated"]))
+    kind = draw(st.sampled_from(["replicated", "column", "row", "vocab", "qkv", "gated", "expert-fc1", "expert-fc2"]))
     rows, columns = 4 * draw(small), 4 * draw(small)
     if kind == "vocab":
         true_rows = draw(st.integers(1, rows))
@@ -105,6 +119,10 @@ def weights(draw: st.DrawFn) -> Weight:
         return QKV("w", ("a", "b", "c"), shapes, head_dim=head_dim)
     if kind == "gated":
         return GatedMLP("w", ("a", "b"), ((rows, columns), (rows, columns)))
+    if kind == "expert-fc1":
+        return ExpertGatedMLP("w", ("a", "b"), ((rows, columns), (rows, columns)), expert=1, num_experts=4)
+    if kind == "expert-fc2":
+        return ExpertRowParallel("w", ("a",), ((rows, columns),), expert=1, num_experts=4)
     single = {"replicated": Replicated, "column": ColumnParallel, "row": RowParallel}[kind]
     return single("w", ("a",), ((rows, columns),))
 

@@ -1,35 +1,93 @@
-"""Model sizes: the published table against transformers on the meta device."""
+"""Model sizes: the published table against transformers on the meta device, and what layouts have to divide."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_bpdg.checkpoint.config import read_hf_config
+from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.config.schema import Layout
-from megatron_bpdg.models.qwen3 import SIZES, Qwen3Shape, check_layout, padded_vocab_size
+from megatron_bpdg.models.rope import Yarn
+from megatron_bpdg.models.shape import SIZES, Experts, Qwen3Shape, check_layout, padded_vocab_size
+
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+
+
+def hf_config(folder: Path, kind: str, **fields: Any) -> dict[str, Any]:
+    """A config that transformers wrote, read back."""
+    AutoConfig.for_model(kind, **(SMALL | fields)).save_pretrained(folder)
+    return read_hf_config(folder)
+
+
+def hf_num_parameters(kind: str, fields: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts_equal_transformers(name: str) -> None:
     shape = SIZES[name]
-    fields = {field: getattr(shape, field) for field in shape.__dataclass_fields__ if field != "rope_theta"}
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**fields))
-    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert shape.num_parameters / 1e9 == pytest.approx(float(name.rstrip("B")), rel=0.06)
+    fields = {field: getattr(shape, field) for field in shape.__dataclass_fields__}
+    experts = fields.pop("experts")
+    fields = {field: value for field, value in fields.items() if not field.startswith(("rope", "qk", "qkv"))}
+    if experts is not None:
+        fields |= {field: getattr(experts, field) for field in experts.__dataclass_fields__ if field != "dense_layers"}
+    assert shape.num_parameters == hf_num_parameters("qwen3" if experts is None else "qwen3_moe", fields)
+    assert shape.num_parameters / 1e9 == pytest.approx(float(name.split("B")[0]), rel=0.06)
 
 
-def test_from_hf_reads_both_spellings_of_rope_theta() -> None:
-    fields = {field: getattr(SIZES["4B"], field) for field in SIZES["4B"].__dataclass_fields__}
-    old = dict(fields, rope_theta=5e6)
-    new = {**fields, "rope_parameters": {"rope_theta": 5e6}}
-    del new["rope_theta"]
-    assert Qwen3Shape.from_hf(old) == Qwen3Shape.from_hf(new)
-    assert Qwen3Shape.from_hf(new).rope_theta == 5e6
-    del new["head_dim"]
-    with pytest.raises(ValueError, match="head_dim"):
-        Qwen3Shape.from_hf(new)
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("qwen3", {}),
+        ("qwen3_moe", SMALL_EXPERTS),
+        ("qwen3_moe", SMALL_EXPERTS | {"mlp_only_layers": [1]}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("llama", {}),
+    ],
+)
+def test_shapes_of_configs(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    config = hf_config(tmp_path, kind, **fields)
+    shape = Qwen3Shape.from_hf(config)
+    assert shape.num_parameters == hf_num_parameters(kind, SMALL | fields) == mapping_for(config).num_parameters
+    assert shape.qk_norm == kind.startswith("qwen3")
+    assert shape.qkv_bias == (kind == "qwen2")
+    assert (shape.experts is not None) == (kind == "qwen3_moe")
+
+
+def test_experts_and_rotary_scaling_of_a_config(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    fields = SMALL_EXPERTS | {"decoder_sparse_step": 2, "norm_topk_prob": False, "rope_parameters": rope}
+    shape = Qwen3Shape.from_hf(hf_config(tmp_path, "qwen3_moe", **fields))
+    assert shape.experts == Experts(4, 2, 24, norm_topk_prob=False, dense_layers=(0, 2))
+    assert shape.rope_theta == 5e6
+    assert shape.rope_scaling == Yarn(4.0, 64)
+
+
+def test_configs_that_cannot_be_built_are_refused_by_name(tmp_path: Path) -> None:
+    config = hf_config(tmp_path, "qwen3_moe", **SMALL_EXPERTS)
+    with pytest.raises(ValueError, match=r"config\.json has no head_dim"):
+        Qwen3Shape.from_hf(config | {"head_dim": None})
+    with pytest.raises(ValueError, match="num_experts_per_tok = 5 exceeds num_experts = 4"):
+        Qwen3Shape.from_hf(config | {"num_experts_per_tok": 5})
+    with pytest.raises(ValueError, match="num_experts_per_tok = 1 with norm_topk_prob"):
+        Qwen3Shape.from_hf(config | {"num_experts_per_tok": 1})
+    assert Qwen3Shape.from_hf(config | {"decoder_sparse_step": 4}).experts is None
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(1, 151_936), (8, 151_936), (3, 151_938)])
@@ -41,3 +99,21 @@ def test_a_layout_that_does_not_divide_names_every_size() -> None:
     message = r"num_key_value_heads = 8; layout.pipeline_parallel: 3 .*num_hidden_layers = 28"
     with pytest.raises(ValueError, match=message):
         check_layout(SIZES["0.6B"], Layout(tensor_parallel=16, pipeline_parallel=3))
+
+
+def test_layouts_of_experts() -> None:
+    shape = SIZES["30B-A3B"]
+    check_layout(shape, Layout(tensor_parallel=4, sequence_parallel=True, data_parallel=16, expert_parallel=64))
+    message = r"expert_parallel: 3 does not divide num_experts = 128; layout.expert_tensor_parallel: 5 .*_size = 768"
+    with pytest.raises(ValueError, match=message):
+        check_layout(shape, Layout(data_parallel=15, expert_parallel=3, expert_tensor_parallel=5))
+    with pytest.raises(ValueError, match=r"tensor_parallel: 2 with experts needs layout\.sequence_parallel: true"):
+        check_layout(shape, Layout(tensor_parallel=2))
+    check_layout(SIZES["0.6B"], Layout(tensor_parallel=2, expert_parallel=2))  # a dense model beside one with experts
+
+
+def test_experts_are_spread_over_tensor_and_data_parallel_ranks() -> None:
+    layout = Layout(tensor_parallel=2, data_parallel=3, expert_parallel=3, expert_tensor_parallel=2)
+    assert layout.world_size == 6
+    with pytest.raises(ValidationError, match="2 x 2 = 4 must divide tensor_parallel x data_parallel = 2 x 3 = 6"):
+        Layout(tensor_parallel=2, data_parallel=3, expert_parallel=2, expert_tensor_parallel=2)

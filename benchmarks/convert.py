@@ -1,0 +1,82 @@
+"""Speed and peak memory of `bpdg convert` on a random checkpoint of a published Qwen3 shape, both ways.
+
+    python benchmarks/convert.py 1.7B /scratch/bench --verify
+
+Needs twice the checkpoint's size of disk; deletes what it wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_bpdg.checkpoint.convert import MAX_SHARD_SIZE
+from megatron_bpdg.checkpoint.hf_writer import HFWriter, hf_plan
+from megatron_bpdg.checkpoint.mapping import mapping_for
+from megatron_bpdg.models.hf_config import write_qwen3_config
+
+# layers, hidden, heads, groups, feed-forward, tied
+SHAPES = {
+    "0.6B": (28, 1024, 16, 8, 3072, True),
+    "1.7B": (28, 2048, 16, 8, 6144, True),
+    "4B": (36, 2560, 32, 8, 9728, True),
+    "8B": (36, 4096, 32, 8, 12_288, False),
+}
+
+
+def write_random(path: Path, shape: str) -> int:
+    """Stream a random bfloat16 checkpoint to `path`; returns its bytes."""
+    layers, hidden, heads, groups, ffn, tied = SHAPES[shape]
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": groups, "head_dim": 128, "ffn": ffn}
+    write_qwen3_config(path / "config.json", **sizes, vocab_size=151_936, tied=tied)
+    mapping = mapping_for({"model_type": "qwen3", **json.loads((path / "config.json").read_text())})
+    plan = hf_plan(mapping, dict.fromkeys(mapping.by_key, torch.bfloat16), lm_head=False)
+    generator = torch.Generator().manual_seed(0)
+    with HFWriter(path, plan, MAX_SHARD_SIZE) as writer:
+        for tensor in plan:
+            # Bit patterns cost less than normal numbers, and a conversion must keep any.
+            bits = torch.randint(-(2**15), 2**15, tensor.shape, dtype=torch.int16, generator=generator)
+            writer.add(tensor.name, bits.view(torch.bfloat16))
+    return sum(tensor.num_bytes for tensor in plan)
+
+
+def measured(source: Path, target: Path, options: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident GB of one conversion in a process of its own."""
+    started = time.monotonic()
+    child = subprocess.Popen([sys.executable, "-m", "megatron_bpdg.cli", "convert", source, target, *options])
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"the conversion of {source} failed")
+    return time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path, help="new scratch directory")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="passed on to `bpdg convert`")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True)
+    try:
+        size = write_random(args.folder / "hf", args.shape) / 1e9
+        steps = [("HF to Megatron", "hf", "megatron"), ("Megatron to HF", "megatron", "back")]
+        for title, source, target in steps:
+            seconds, peak = measured(args.folder / source, args.folder / target, args.options)
+            print(
+                f"{args.shape} {title}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s, peak {peak:.2f} GB"
+            )
+            shutil.rmtree(args.folder / source)
+    finally:
+        shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Logits of HF transformers and of Megatron-Core on the same text, from checkpoints on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_bpdg.checkpoint.config import read_hf_config
+from megatron_bpdg.checkpoint.live import load_weights
+from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.models.qwen3 import build_model
+from megatron_bpdg.models.shape import Qwen3Shape
+from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.parallel.world import world
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """How far two models' logits are apart.
+
+    Attributes:
+        num_tokens: positions of the probe text.
+        largest: largest absolute logit of the HF model.
+        difference: largest absolute difference.
+        same_argmax: positions at which both prefer the same token.
+    """
+
+    num_tokens: int
+    largest: float
+    difference: float
+    same_argmax: int
+
+    # float32 sums in another order differ by this much of the largest value over a few dozen layers.
+    tolerance = 1e-4
+
+    @property
+    def equal(self) -> bool:
+        """Whether the difference is one of rounding."""
+        return self.difference <= self.tolerance * max(1.0, self.largest)
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.3g} of logits up to {self.largest:.3g} over {self.num_tokens} "
+            f"tokens; same first choice at {self.same_argmax}"
+        )
+
+
+@torch.no_grad()
+def compare_logits(hf: Path, megatron: Path, text: str) -> LogitComparison:
+    """Run both models on `text` in float32, one after the other.
+
+    Args:
+        hf: HF directory with a tokenizer.
+        megatron: torch_dist checkpoint with an hf folder.
+        text: at least one token.
+
+    Raises:
+        FileNotFoundError, ValueError: a checkpoint that cannot be loaded, or a text without tokens.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+    ids_T = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    if not len(ids_T):
+        raise ValueError(f"the probe text {text!r} has no tokens")
+    ours_TV, theirs_TV = _megatron_logits(megatron, ids_T), _hf_logits(hf, ids_T)
+    return LogitComparison(
+        num_tokens=len(ids_T),
+        largest=float(theirs_TV.abs().max()),
+        difference=float((ours_TV - theirs_TV).abs().max()),
+        same_argmax=int((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).sum()),
+    )
+
+
+def _hf_logits(hf: Path, ids_T: Tensor) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
+    return model(ids_T[None]).logits[0].float()
+
+
+def _megatron_logits(megatron: Path, ids_T: Tensor) -> Tensor:
+    folder = megatron / "hf"
+    config = read_hf_config(folder if folder.is_dir() else megatron.parent / "hf")
+    with world(Layout(), seed=0):
+        model = build_model(Qwen3Shape.from_hf(config), Layout(), torch.float32).eval()
+        load_weights([model], megatron)
+        ids_BT = ids_T[None].to(default_device())
+        positions_BT = torch.arange(len(ids_T), device=ids_BT.device)[None]
+        hidden_SBH = model(ids_BT, positions_BT, None)
+        return (hidden_SBH[:, 0] @ model.head_weight().T)[:, : config["vocab_size"]].cpu()

@@ -1,0 +1,177 @@
+"""Sizes of a model in HF's terms, the published Qwen3 models, and which layouts divide them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bpdg.checkpoint.mapping import FAMILIES, moe_layers
+from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.models.rope import RopeScaling, rope_scaling
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP.
+
+    Attributes:
+        num_experts: per layer.
+        num_experts_per_tok: chosen for each token, by the softmax of the router's logits.
+        moe_intermediate_size: width of one expert.
+        norm_topk_prob: whether the weights of the chosen ones sum to 1.
+        dense_layers: 0-based layers that have an MLP all the same.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Experts | None:
+        """Of a normalised config; None where no layer has experts."""
+        layers = moe_layers(config)
+        if not any(layers):
+            return None
+        missing = [name for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size") if not config[name]]
+        if missing:
+            raise ValueError(f"config.json has no {', '.join(missing)}")
+        experts = cls(
+            config["num_experts"],
+            config["num_experts_per_tok"],
+            config["moe_intermediate_size"],
+            config["norm_topk_prob"],
+            tuple(i for i, has_experts in enumerate(layers) if not has_experts),
+        )
+        if experts.num_experts_per_tok > experts.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok = {experts.num_experts_per_tok} exceeds num_experts = {experts.num_experts}"
+            )
+        if experts.num_experts_per_tok == 1 and experts.norm_topk_prob:
+            raise ValueError(
+                "num_experts_per_tok = 1 with norm_topk_prob is not supported: the weight of the one expert would "
+                "always be 1, and the router without a gradient"
+            )
+        return experts
+
+
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """Sizes of a model of Qwen3's build, in HF's terms: Qwen3 and Qwen3-MoE, and Qwen2 and Llama by the two flags.
+
+    `head_dim` is a field of its own: hidden_size / num_attention_heads is wrong for 0.6B, 4B and 32B.
+
+    Attributes:
+        rope_scaling: of the rotary embedding; None: as trained.
+        experts: None for a dense model.
+        qk_norm: RMSNorm on each query and key head.
+        qkv_bias: biases on q, k and v.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tie_word_embeddings: bool
+    head_dim: int = 128
+    vocab_size: int = 151_936
+    max_position_embeddings: int = 40_960
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
+    experts: Experts | None = None
+    qk_norm: bool = True
+    qkv_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Qwen3Shape:
+        """Of a config as `read_hf_config` gives it.
+
+        Raises:
+            ValueError: naming the field that is missing, or whose value cannot be built.
+        """
+        derived = ("rope_scaling", "experts", "qk_norm", "qkv_bias")
+        plain = [name for name in cls.__dataclass_fields__ if name not in derived]
+        if missing := [n for n in plain if config.get(n) is None and n != "max_position_embeddings"]:
+            raise ValueError(f"config.json has no {', '.join(missing)}")
+        family = FAMILIES[config["model_type"]]
+        return cls(
+            **{name: config[name] for name in plain if config.get(name) is not None},
+            rope_scaling=rope_scaling(config.get("rope_scaling")),
+            experts=Experts.from_hf(config),
+            qk_norm=family.qk_norm,
+            qkv_bias=family.qkv_bias,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, the tied embedding counted once, padding not."""
+        H, D = self.hidden_size, self.head_dim
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = 2 * H * D * (heads + groups) + self.qk_norm * 2 * D + self.qkv_bias * D * (heads + 2 * groups)
+        layers = self.num_hidden_layers * (attention + 2 * H)
+        dense = self.num_hidden_layers
+        if self.experts is not None:
+            dense = len(self.experts.dense_layers)
+            one = self.experts.num_experts * (3 * H * self.experts.moe_intermediate_size + H)
+            layers += (self.num_hidden_layers - dense) * one
+        layers += dense * 3 * H * self.intermediate_size
+        return layers + self.vocab_size * H * (1 if self.tie_word_embeddings else 2) + H
+
+
+# Published models (HF config.json of each release).
+SIZES = {
+    "0.6B": Qwen3Shape(28, 1024, 3072, 16, 8, tie_word_embeddings=True),
+    "1.7B": Qwen3Shape(28, 2048, 6144, 16, 8, tie_word_embeddings=True),
+    "4B": Qwen3Shape(36, 2560, 9728, 32, 8, tie_word_embeddings=True),
+    "8B": Qwen3Shape(36, 4096, 12_288, 32, 8, tie_word_embeddings=False),
+    "14B": Qwen3Shape(40, 5120, 17_408, 40, 8, tie_word_embeddings=False),
+    "32B": Qwen3Shape(64, 5120, 25_600, 64, 8, tie_word_embeddings=False),
+    "30B-A3B": Qwen3Shape(48, 2048, 6144, 32, 4, tie_word_embeddings=False, experts=Experts(128, 8, 768)),
+    "235B-A22B": Qwen3Shape(94, 4096, 12_288, 64, 4, tie_word_embeddings=False, experts=Experts(128, 8, 1536)),
+}
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding over all ranks: the next multiple of the tensor-parallel size.
+
+    Qwen3's 151,936 rows need no padding at any power of two up to 128. Padded rows never enter a softmax.
+    """
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def check_layout(shape: Qwen3Shape, layout: Layout) -> None:
+    """Raise ValueError naming every size that the layout does not divide, and what else does not go together."""
+    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
+    divisible = {
+        "num_attention_heads": (shape.num_attention_heads, tp, "tensor_parallel"),
+        "num_key_value_heads": (shape.num_key_value_heads, tp, "tensor_parallel"),
+        "intermediate_size": (shape.intermediate_size, tp, "tensor_parallel"),
+        "num_hidden_layers": (shape.num_hidden_layers, pp, "pipeline_parallel"),
+    }
+    if shape.experts is not None:
+        if not shape.experts.dense_layers:
+            del divisible["intermediate_size"]
+        divisible |= {
+            "num_experts": (shape.experts.num_experts, layout.expert_parallel, "expert_parallel"),
+            "moe_intermediate_size": (
+                shape.experts.moe_intermediate_size,
+                layout.expert_tensor_parallel,
+                "expert_tensor_parallel",
+            ),
+        }
+    problems = [
+        f"layout.{knob}: {size} does not divide {name} = {value}"
+        for name, (value, size, knob) in divisible.items()
+        if value % size
+    ]
+    if problems:
+        raise ValueError("; ".join(problems) + "; choose a divisor")
+    if shape.experts is not None and tp > 1 and not layout.sequence_parallel:
+        raise ValueError(
+            f"layout.tensor_parallel: {tp} with experts needs layout.sequence_parallel: true (each tensor-parallel "
+            "rank routes its own tokens)"
+        )
