@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_bpdg.parallel.launch import launch, report_to_launcher
+from megatron_bpdg.serving.role import Device, Role
 
 if TYPE_CHECKING:
     from megatron_bpdg.config.schema import RunConfig
@@ -101,15 +102,53 @@ def evaluate_command(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="HF directory or torch_dist checkpoint; told apart by content.")],
-    target: Annotated[Path, typer.Argument(help="New directory.")],
-    verify: Annotated[bool, typer.Option(help="Convert back and compare every byte.")] = False,
+    source: Annotated[Path, typer.Argument(help="HF directory or Megatron checkpoint; told apart by content.")],
+    target: Annotated[Path, typer.Argument(help="New directory; appears only when complete.")],
+    to: Annotated[str | None, typer.Option(help="hf | megatron; default: what the source is not.")] = None,
+    hf_source: Annotated[
+        Path | None, typer.Option(help="HF directory with config and tokenizer, for a Megatron checkpoint without any.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 | bfloat16 | float16; default: as stored, byte for byte.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Go back from the result and compare every tensor's bytes.")] = False,
+    verify_logits: Annotated[
+        str | None, typer.Option(help="Text on which HF transformers and Megatron-Core must agree.")
+    ] = None,
+    max_file_gb: Annotated[float | None, typer.Option(min=1e-6, help="GB per data file; default 5 (HF), 2.")] = None,
+    memory_gb: Annotated[float, typer.Option(min=1e-3, help="GB of tensors held at once, or the largest.")] = 1.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and that write.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
+    restart: Annotated[bool, typer.Option(help="Delete what an interrupted conversion left, not continue it.")] = False,
 ) -> None:
-    """Convert HF Qwen3 <-> Megatron torch_dist, byte for byte."""
-    from megatron_bpdg.checkpoint.convert import convert as run_convert
+    """Convert between HF safetensors and Megatron checkpoints, byte for byte; see docs/converters.md.
 
-    run_convert(source, target, verify=verify, overwrite=overwrite)
+    An interrupted conversion continues when started again. Under torchrun its ranks share the work.
+    """
+    from megatron_bpdg.checkpoint.command import convert as run_convert
+    from megatron_bpdg.checkpoint.command import options_of
+
+    options = options_of(dtype, max_file_gb, memory_gb, workers, overwrite=overwrite, restart=restart)
+    if verify_logits is not None:
+        _quiet_libraries()
+    run_convert(source, target, options, to=to, hf_source=hf_source, verify=verify, verify_logits=verify_logits)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="HF directory, torch_dist or mp_rank checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what a checkpoint holds, from its headers: format, layout, dtypes, parameters, iteration, completeness."""
+    import json
+
+    from megatron_bpdg.checkpoint.describe import describe, description_table
+
+    description = describe(path)
+    if as_json:
+        print(json.dumps(description, indent=2))
+    else:
+        Console().print(description_table(description))
 
 
 @app.command()
@@ -183,11 +222,65 @@ def schema() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this installation can do and what is missing."""
+def serve(
+    role: Annotated[Role, typer.Argument(help="student: rollouts and new weights; teacher: scores of given text.")],
+    checkpoint: Annotated[Path, typer.Argument(help="HF directory, or Megatron checkpoint, which is exported first.")],
+    flags: Annotated[list[str] | None, typer.Argument(help="SGLang's own flags, after `--`.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 30000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism, in devices.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 | bfloat16 | float16; default: what config.json names.")
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt and response together, in tokens; default: the model's.")
+    ] = None,
+    device: Annotated[Device | None, typer.Option(help="Default: cuda where this machine has it.")] = None,
+    python: Annotated[
+        Path | None,
+        typer.Option(help="Interpreter that has sglang; default: $BPDG_SGLANG_PYTHON, or this one."),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="HF directory for a Megatron checkpoint; default: RUN/served-ITERATION.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="The server's output; default: serve-ROLE-PORT.log here.")] = None,
+    deadline: Annotated[float, typer.Option(min=1.0, help="Seconds that it has to become healthy.")] = 1800.0,
+    dry_run: Annotated[bool, typer.Option(help="Only print the command.")] = False,
+) -> None:
+    """Serve a checkpoint with SGLang until Ctrl-C or SIGTERM; see docs/sglang.md."""
+    from megatron_bpdg.serving.command import serve as run_server
+
+    run_server(
+        role,
+        checkpoint,
+        python=python,
+        export=export,
+        device=device,
+        host=host,
+        port=port,
+        tp=tp,
+        dtype=dtype,
+        context_length=context_length,
+        log=log,
+        deadline_s=deadline,
+        dry_run=dry_run,
+        extra=flags or [],
+        console=console,
+    )
+
+
+@app.command()
+def doctor(
+    server: Annotated[list[str] | None, typer.Option(help="URL of an SGLang server to ask; repeatable.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose tokenizer the servers must have: the student's.")
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the servers' API key.")] = None,
+) -> None:
+    """Say what this installation, and servers, can do and what is missing."""
     from megatron_bpdg.doctor import diagnose
 
-    if not diagnose(console):
+    if not diagnose(console, server or [], checkpoint, api_key_env):
         raise typer.Exit(1)
 
 

@@ -15,11 +15,20 @@ class Section(BaseModel):
 
 
 class Layout(Section):
-    """How the model is spread over ranks; the product of the three sizes is the number of processes."""
+    """How the model is spread over ranks; tensor x pipeline x data parallel is the number of processes."""
 
     tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer's matrices and the vocabulary")
     pipeline_parallel: int = Field(1, ge=1, description="ranks that share the stack of layers")
     data_parallel: int = Field(1, ge=1, description="replicas of the model")
+    expert_parallel: int = Field(
+        1,
+        ge=1,
+        description="ranks that share the experts of a layer, out of the tensor- and data-parallel ones; dense models "
+        "take no notice",
+    )
+    expert_tensor_parallel: int = Field(
+        1, ge=1, description="ranks that share each expert's matrices, out of the same ones"
+    )
     sequence_parallel: bool = Field(
         False, description="shard activations between tensor-parallel regions along the sequence"
     )
@@ -33,6 +42,17 @@ class Layout(Section):
     def _sequence_parallel_needs_tp(self) -> Layout:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel: true needs tensor_parallel > 1; set one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_divide_the_ranks(self) -> Layout:
+        ranks, wanted = self.tensor_parallel * self.data_parallel, self.expert_parallel * self.expert_tensor_parallel
+        if ranks % wanted:
+            raise ValueError(
+                f"expert_parallel x expert_tensor_parallel = {self.expert_parallel} x {self.expert_tensor_parallel} = "
+                f"{wanted} must divide tensor_parallel x data_parallel = {self.tensor_parallel} x "
+                f"{self.data_parallel} = {ranks}: experts are spread over those ranks"
+            )
         return self
 
 
@@ -53,13 +73,60 @@ class Model(Section):
         return self
 
 
+class Servers(Section):
+    """SGLang servers of one role, and how patient to be with them."""
+
+    urls: list[str] = Field(min_length=1, description="http://host:port of each server, or of an sglang router")
+    concurrency: int = Field(256, ge=1, description="requests in flight per URL and data-parallel replica")
+    timeout_s: float = Field(1800.0, gt=0.0, description="seconds one request may take")
+    attempts: int = Field(4, ge=1, description="tries of one request, over all servers, before the run stops")
+    backoff_s: float = Field(1.0, gt=0.0, description="pause after a failure; doubles each time, to at most 30 s")
+    recovery_s: float = Field(600.0, gt=0.0, description="how long to wait for a server when none is left")
+    api_key_env: str | None = Field(None, description="environment variable with the servers' API key")
+
+    @model_validator(mode="after")
+    def _urls(self) -> Servers:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"url {url!r} should start with http:// or https://")
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            raise ValueError(f"urls {self.urls} has a URL twice")
+        return self
+
+
 class Teacher(Section):
     """Where the teacher's signal comes from. Its top-K supports are never touched by the gate."""
 
-    engine: Literal["megatron"] = "megatron"
-    checkpoint: Path = Field(description="HF directory or bpdg checkpoint with the teacher's weights")
+    engine: Literal["megatron", "sglang"] = Field(
+        "megatron", description="in the trainer's processes (megatron), or servers (sglang)"
+    )
+    checkpoint: Path | None = Field(
+        None,
+        description="HF directory or bpdg checkpoint; engine: sglang reads its config.json and tokenizer only, and "
+        "where it is null, those of the servers' model path",
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    offload: bool = Field(False, description="keep the teacher's weights in host memory between uses")
+    offload: bool = Field(False, description="engine: megatron: keep the weights in host memory between uses")
+    servers: Servers | None = Field(None, description="engine: sglang: where the teacher is served")
+    tokens_per_request: int = Field(65_536, ge=1, description="engine: sglang: prompt and response tokens per request")
+    payload_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="engine: sglang: width in which the teacher's log-probs are kept; ids are int32"
+    )
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Teacher:
+        defaults = {name: field.default for name, field in Teacher.model_fields.items()}
+        other = {
+            "megatron": ["servers", "tokens_per_request", "payload_dtype"],
+            "sglang": ["offload", "dtype"],
+        }[self.engine]
+        if unused := [name for name in other if getattr(self, name) != defaults[name]]:
+            raise ValueError(f"engine: {self.engine} does not use {', '.join(unused)}: remove it")
+        if self.engine == "megatron" and self.checkpoint is None:
+            raise ValueError("engine: megatron needs `checkpoint`")
+        if self.engine == "sglang" and self.servers is None:
+            raise ValueError("engine: sglang needs `servers: {urls: [...]}`; start them with `bpdg serve teacher`")
+        return self
 
 
 class Data(Section):
@@ -83,14 +150,60 @@ class Sampling(Section):
     max_new_tokens: int = Field(16384, ge=1)
 
 
+class WeightSync(Section):
+    """How the student's weights get into SGLang servers after every step."""
+
+    method: Literal["disk", "tensor", "distributed"] = Field(
+        "disk",
+        description="disk: through a shared file system; tensor: shared memory of engines on the trainer's own "
+        "devices; distributed: a collective group of the trainer's first rank and the engines",
+    )
+    urls: list[str] | None = Field(None, description="engines behind a router; null: rollout.servers.urls")
+    directory: Path | None = Field(None, description="disk: shared directory; null: `sampler_weights` in the output")
+    keep: int = Field(2, ge=1, description="disk: versions that are kept")
+    bucket_mb: int = Field(512, ge=1, description="tensor, distributed: megabytes sent at once")
+    pause: Literal["retract", "abort", "in_place"] = Field(
+        "retract", description="what the engines do with requests under way: redo, cut off, or go on with old caches"
+    )
+    master_address: str | None = Field(None, description="distributed: the trainer's address; null: its host name")
+    master_port: int | None = Field(None, ge=1, le=65_535, description="distributed: null: a free one")
+    timeout_s: float = Field(600.0, gt=0.0, description="seconds one update may take")
+    probe_tolerance: float | None = Field(
+        None,
+        gt=0.0,
+        description="largest mean difference in nats between an engine's and the trainer's log-probs of a probe text "
+        "after an update; null: 1e-3 for float32 and 0.1 for bfloat16",
+    )
+
+
 class Rollout(Section):
     """On-policy samples of one step: prompts_per_step x samples_per_prompt responses."""
 
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = Field(
+        "embedded", description="HF generate in the trainer's processes (embedded), or servers (sglang)"
+    )
     prompts_per_step: int = Field(4, ge=1)
     samples_per_prompt: int = Field(8, ge=1)
     sampling: Sampling = Sampling()
-    batch_size: int = Field(128, ge=1, description="sequences the embedded engine decodes at once")
+    batch_size: int = Field(128, ge=1, description="engine: embedded: sequences decoded at once")
+    servers: Servers | None = Field(None, description="engine: sglang: where the student is served")
+    weight_sync: WeightSync = WeightSync()
+    extra_prompts: int = Field(
+        0,
+        ge=0,
+        description="engine: sglang: prompts sampled beside prompts_per_step; a step takes the groups that finish "
+        "first and goes on with the others in the next one (partial rollouts, with mixed weight versions)",
+    )
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Rollout:
+        defaults = {name: field.default for name, field in Rollout.model_fields.items()}
+        other = {"embedded": ["servers", "weight_sync", "extra_prompts"], "sglang": ["batch_size"]}[self.engine]
+        if unused := [name for name in other if getattr(self, name) != defaults[name]]:
+            raise ValueError(f"engine: {self.engine} does not use {', '.join(unused)}: remove it")
+        if self.engine == "sglang" and self.servers is None:
+            raise ValueError("engine: sglang needs `servers: {urls: [...]}`; start them with `bpdg serve student`")
+        return self
 
 
 class SampledToken(Section):
@@ -261,6 +374,17 @@ class RunConfig(Section):
         unused += [f"training.{x}" for x in fields if getattr(self.training, x) != getattr(defaults, x)]
         if unused:
             raise ValueError(f"kind: {self.kind} does not use {', '.join(unused)}: remove it")
+        if self.teacher is not None and self.teacher.engine == "sglang":
+            self._served_teacher_suffices()
+        if self.teacher is not None and self.teacher.servers is not None and self.rollout.servers is not None:
+            both = {url.rstrip("/") for url in self.teacher.servers.urls} & {
+                url.rstrip("/") for url in [*self.rollout.servers.urls, *(self.rollout.weight_sync.urls or [])]
+            }
+            if both:
+                raise ValueError(
+                    f"{', '.join(sorted(both))} is in teacher.servers and in rollout.servers: the student's weights "
+                    "would replace the teacher's"
+                )
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         if self.kind == "opd" and samples < self.training.minibatches:
             raise ValueError(
@@ -268,3 +392,19 @@ class RunConfig(Section):
                 "(rollout.prompts_per_step * rollout.samples_per_prompt)"
             )
         return self
+
+    def _served_teacher_suffices(self) -> None:
+        """A server gives log-probs of given tokens at temperature 1, and of the K most likely ids."""
+        if isinstance(self.objective, FullVocabulary):
+            raise ValueError(
+                f"objective.name: {self.objective.name} needs the teacher's whole distribution, and teacher.engine: "
+                "sglang gives its top K: use objective.name: lsm, or teacher.engine: megatron"
+            )
+        temperature = self.rollout.sampling.temperature
+        renormalises = isinstance(self.objective, TeacherTopK) and self.objective.outside == "renormalise"
+        if temperature != 1.0 and not renormalises:
+            raise ValueError(
+                f"rollout.sampling.temperature = {temperature:g} with teacher.engine: sglang: servers score given "
+                "tokens at temperature 1 only, which is enough for objective.name: lsm with outside: renormalise; use "
+                "that, temperature 1, or teacher.engine: megatron"
+            )

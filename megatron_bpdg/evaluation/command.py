@@ -57,7 +57,7 @@ def evaluate_checkpoint(
             batch_size=batch_size,
             dtype=getattr(torch, config["dtype"] or "float32"),
         )
-        engine.load_weights(iter_checkpoint(checkpoint), version=0)
+        engine.load_weights(iter_checkpoint(checkpoint), version=0, probe=None)
         for path in data:
             problems = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
             longest = config.get("max_position_embeddings", 40_960) - sampling.max_new_tokens

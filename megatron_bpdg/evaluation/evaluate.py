@@ -10,7 +10,7 @@ from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Problem
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.parallel.share import gather_shares, my_share
-from megatron_bpdg.rollout.engine import Request, RolloutEngine
+from megatron_bpdg.rollout.engine import Request, RolloutEngine, generate
 from megatron_bpdg.rollout.sampling import sample_seed
 
 _EVALUATION = 3  # separates these random streams from the rollouts'
@@ -44,7 +44,7 @@ def evaluate(
     """
     places = [(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
     requests = [Request(prompt_ids[p], sample_seed(seed, _EVALUATION, p, s)) for p, s in places]
-    responses = engine.generate(requests, sampling)
+    responses = generate(engine, requests, sampling)
     answers = [problems[problem].answer for problem, _ in places]
     correct = [0] * len(problems)
     for (problem, _), verdict in zip(places, grade_all([r.ids for r in responses], answers, tokenizer, grader)):

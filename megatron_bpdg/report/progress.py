@@ -71,6 +71,14 @@ class TrainingProgress:
             line = f"{self.description}: step {step}/{self.total_steps}  {rate}  ETA {eta}  {shown}".rstrip()
             self.console.print(Text(line), soft_wrap=True)
 
+    def status(self, text: str) -> None:
+        """Show what a step is at, beside the live bar; without a TTY, a line at the same pace as steps."""
+        if self._live:
+            self._progress.update(self._task, status=text)
+        elif self.enabled and time.monotonic() - self._last_line >= self.line_interval_s:
+            self._last_line = time.monotonic()
+            self.console.print(Text(f"{self.description}: {text}"), soft_wrap=True)
+
     def note(self, text: str) -> None:
         """Print a line above the bar, e.g. an evaluation result."""
         if self.enabled:

@@ -106,7 +106,12 @@ def collate(
 
     payload = {}
     for name, source in _PAYLOAD.items():
-        parts = [value for t in trajectories if (value := getattr(t, source)) is not None]
+        # Log-probs may be kept in fewer bits than they are computed with.
+        parts = [
+            value.float() if value.is_floating_point() else value
+            for t in trajectories
+            if (value := getattr(t, source)) is not None
+        ]
         if parts:
             payload[name] = flat(parts)
     return MicroBatch(

@@ -5,7 +5,7 @@ Each rank keeps a full copy of the student and samples its share of the requests
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, Logi
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.share import gather_shares, my_share
-from megatron_bpdg.rollout.engine import Request, Response
+from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response, RolloutStream
 from megatron_bpdg.rollout.sampling import draw, uniforms
 
 
@@ -37,9 +37,10 @@ class EmbeddedEngine:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self.eos_id, self.pad_id, self.batch_size = eos_id, pad_id, batch_size
         self.version = -1
+        self.retries = 0
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy streamed weights in.
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, probe: Probe | None = None) -> None:
+        """Copy streamed weights in. `probe` is for engines that are sent their weights over a wire.
 
         Raises:
             ValueError: listing every parameter that is missing or unknown.
@@ -58,23 +59,21 @@ class EmbeddedEngine:
             raise ValueError(f"weight update: missing {sorted(missing)}, unknown {unknown}")
         self.version = version
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None] | None = None
-    ) -> list[Response]:
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> RolloutStream:
         if self.version < 0:
-            raise RuntimeError("EmbeddedEngine.generate before load_weights: the sampler has no weights yet")
-        # Sorting by length keeps left padding short.
-        mine = sorted(my_share(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        done: dict[int, Response] = {}
-        for start in range(0, len(mine), self.batch_size):
-            chunk = mine[start : start + self.batch_size]
-            done.update(zip(chunk, self._decode([requests[i] for i in chunk], sampling)))
-            if advance is not None:
-                advance(len(chunk) * dist.get_world_size())
-        return gather_shares(done, len(requests))
+            raise RuntimeError("EmbeddedEngine.stream before load_weights: the sampler has no weights yet")
+        if any(request.begun is not None for request in requests):
+            raise ValueError("the embedded engine never cuts responses off and cannot go on with one")
+        return _Batches(self, requests, sampling)
+
+    def close(self) -> None:
+        pass
 
     @torch.no_grad()
-    def _decode(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+    def decode(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        """Responses of one batch on this rank."""
+        if not requests:
+            return []
         device = self.model.device
         width = max(len(request.prompt_ids) for request in requests)
         input_ids_BS = torch.full((len(requests), width), self.pad_id, dtype=torch.int64)
@@ -98,7 +97,28 @@ class EmbeddedEngine:
     def _cut(self, ids: list[int], logprobs_T: Tensor) -> Response:
         finished = self.eos_id in ids
         length = ids.index(self.eos_id) + 1 if finished else len(ids)
-        return Response(ids[:length], logprobs_T[:length].clone(), finished, self.version)
+        version_R = torch.full((length,), self.version, dtype=torch.int32)
+        return Response(ids[:length], logprobs_T[:length].clone(), finished, version_R)
+
+
+class _Batches:
+    """`RolloutStream`: the ranks decode a batch each, then tell each other."""
+
+    def __init__(self, engine: EmbeddedEngine, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.engine, self.requests, self.sampling = engine, requests, sampling
+
+    def __iter__(self) -> Iterator[Finished]:
+        # Sorting by length keeps left padding short.
+        order = sorted(range(len(self.requests)), key=lambda i: len(self.requests[i].prompt_ids))
+        ranks, per_rank = dist.get_world_size(), self.engine.batch_size
+        for start in range(0, len(order), per_rank * ranks):
+            together = order[start : start + per_rank * ranks]
+            mine = [together[i] for i in my_share(len(together))]
+            decoded = self.engine.decode([self.requests[i] for i in mine], self.sampling)
+            yield list(zip(together, gather_shares(dict(zip(my_share(len(together)), decoded)), len(together))))
+
+    def interrupt(self) -> Finished:
+        return []
 
 
 class _Sampler(LogitsProcessor):

@@ -22,7 +22,8 @@ class Trajectory:
         response_ids: response tokens; the end-of-sequence token is part of the response when it was sampled.
         sampler_logprobs_R: the sampler's log-probs under the full distribution at the sampling temperature, float32.
         finished: whether the response ended by itself; False when it hit the length limit.
-        weight_version: trainer step whose weights sampled the response.
+        version_R: trainer step whose weights sampled each token, int32; None for given responses.
+        index: place in the step's batch; it decides which replica trains on the response.
         correct: the grader's verdict.
         mask_R: response tokens that the loss counts, bool; None: all of them. Others (a tool's output, say) keep their
             place in their block and are left out of its mean.
@@ -40,7 +41,8 @@ class Trajectory:
     response_ids: list[int]
     sampler_logprobs_R: Tensor
     finished: bool
-    weight_version: int = 0
+    version_R: Tensor | None = None
+    index: int = 0
     correct: bool | None = None
     mask_R: Tensor | None = None
 
@@ -68,6 +70,10 @@ class Trajectory:
             )
         if len(self.counts) != len(self.response_ids):
             raise ValueError(f"{self.name}: {len(self.response_ids)} response tokens but a mask of {len(self.counts)}")
+        if self.version_R is not None and len(self.version_R) != len(self.response_ids):
+            raise ValueError(
+                f"{self.name}: {len(self.response_ids)} response tokens but {len(self.version_R)} weight versions"
+            )
         if bad := [token for token in self.prompt_ids + self.response_ids if not 0 <= token < vocab_size]:
             raise ValueError(f"{self.name}: token id {bad[0]} is outside the vocabulary of {vocab_size}")
         broken = ~self.sampler_logprobs_R.isfinite()

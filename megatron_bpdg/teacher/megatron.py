@@ -33,6 +33,12 @@ class MegatronTeacher:
         if offload:
             _move(policy.module, torch.device("cpu"))
 
+    def prefetch(self, trajectories: Sequence[Trajectory]) -> None:
+        """Nothing to do: this teacher works in the trainer's own time."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Fill in the teacher fields of every trajectory."""
         if self.offload:

@@ -1,13 +1,15 @@
 """The main job, top to bottom:
 
 prompts -> rollouts -> teacher -> old log-probs -> epochs of gated updates -> weights to the sampler -> again
+
+With servers, the first two overlap: the teacher is asked about each group of responses as soon as it is there.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -20,16 +22,15 @@ from megatron_bpdg.evaluation.evaluate import grade_all
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.world import world
-from megatron_bpdg.rollout.engine import Request, RolloutEngine
-from megatron_bpdg.rollout.sampling import sample_seed
+from megatron_bpdg.rollout.groups import GroupSampler
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.scoring import Scores, score
 from megatron_bpdg.training.recorder import Recorder
-from megatron_bpdg.training.setup import Prompts, Run, build_run, build_supervised
+from megatron_bpdg.training.setup import Run, build_run, build_supervised
 from megatron_bpdg.training.step import StepReport
 
-# Separates the random streams of rollouts, shuffles and evaluation.
-ROLLOUT, SHUFFLE = 1, 2
+# Separates the random streams of shuffles from those of rollouts and evaluation.
+SHUFFLE = 2
 
 
 def distill(cfg: RunConfig) -> None:
@@ -41,24 +42,30 @@ def distill(cfg: RunConfig) -> None:
     """
     with world(cfg.layout, cfg.seed):
         run = build_run(cfg)
-        with Recorder(cfg, run) as recorder:
-            prompt_order = PromptSampler(len(run.prompts), cfg.rollout.prompts_per_step, cfg.seed)
+        with closing(run), Recorder(cfg, run) as recorder:
+            groups = GroupSampler(cfg.rollout, run.prompts.ids, cfg.seed)
             run.sync_weights(version=0)
             recorder.evaluations(0, run.evaluate(step=0))
 
             for step in range(1, cfg.training.steps + 1):
                 clock = Clock()
-                with clock("rollout"):
-                    batch = sample_rollouts(run.engine, run.prompts, prompt_order.batch(step - 1), cfg, step)
-                    trajectories, dropped = prepare(batch, run)
-                with clock("grade"):
-                    grade(trajectories, run)
+                trajectories: list[Trajectory] = []
+                with clock("rollout"), recorder.rollout(step) as tell:
+                    for group in groups.step(run.engine, step):
+                        tell(group)
+                        usable = prepare(group, run)
+                        grade(usable, run)
+                        run.teacher.prefetch(usable)
+                        trajectories += usable
+                trajectories = in_batch_order(trajectories, cfg)
                 first_pass = split(trajectories, cfg, run.student, step, epoch=0)
 
                 with clock("teacher"):
                     run.teacher.score([chunk for update in first_pass for chunk in update])
                 with clock("old_logprobs"):
-                    mismatch = set_old_logprobs(first_pass, run.student, cfg)
+                    mismatch = set_old_logprobs(first_pass, run.student, cfg, version=step - 1)
+                if step == 1:
+                    recorder.warn_if_same(first_pass)
 
                 reports: list[tuple[int, StepReport]] = []
                 with clock("update"), run.saving_on_failure(step):
@@ -75,7 +82,7 @@ def distill(cfg: RunConfig) -> None:
                 last = step == cfg.training.steps
                 with clock("eval"):
                     results: list[EvalResult] = run.evaluate(step) if last or due(step, cfg.evaluation.every) else []
-                recorder.step(step, trajectories, dropped, reports, mismatch, clock.seconds)
+                recorder.step(step, trajectories, reports, mismatch, clock.seconds)
                 recorder.evaluations(step, results)
                 if last or due(step, cfg.training.save_every):
                     run.save(step)
@@ -85,7 +92,7 @@ def fine_tune(cfg: RunConfig) -> None:
     """Supervised training on given responses (kind: sft): the same step with the negative log-likelihood."""
     with world(cfg.layout, cfg.seed):
         run, examples = build_supervised(cfg)
-        with Recorder(cfg, run) as recorder:
+        with closing(run), Recorder(cfg, run) as recorder:
             order = PromptSampler(len(examples), cfg.training.batch_size, cfg.seed)
             for step in range(1, cfg.training.steps + 1):
                 clock = Clock()
@@ -103,30 +110,6 @@ def fine_tune(cfg: RunConfig) -> None:
                     run.save(step)
 
 
-def sample_rollouts(
-    engine: RolloutEngine, prompts: Prompts, problems: Sequence[int], cfg: RunConfig, step: int
-) -> list[Trajectory]:
-    """Sample every prompt of the step `samples_per_prompt` times; the same list on every rank."""
-    places = [(problem, sample) for problem in problems for sample in range(cfg.rollout.samples_per_prompt)]
-    requests = [
-        Request(prompts.ids[problem], sample_seed(cfg.seed, ROLLOUT, step, problem, sample))
-        for problem, sample in places
-    ]
-    responses = engine.generate(requests, cfg.rollout.sampling)
-    return [
-        Trajectory(
-            problem=problem,
-            sample=sample,
-            prompt_ids=request.prompt_ids,
-            response_ids=response.ids,
-            sampler_logprobs_R=response.logprobs,
-            finished=response.finished,
-            weight_version=response.weight_version,
-        )
-        for (problem, sample), request, response in zip(places, requests, responses)
-    ]
-
-
 def grade(trajectories: Sequence[Trajectory], run: Run) -> None:
     """Fill in `correct`; the loss does not read it."""
     answers = [run.prompts.problems[trajectory.problem].answer for trajectory in trajectories]
@@ -135,21 +118,31 @@ def grade(trajectories: Sequence[Trajectory], run: Run) -> None:
         trajectory.correct = verdict
 
 
-def prepare(batch: Sequence[Trajectory], run: Run) -> tuple[list[Trajectory], int]:
-    """Check the samples, drop and count responses without a token that counts, set the blocks of the others.
+def prepare(group: Sequence[Trajectory], run: Run) -> list[Trajectory]:
+    """Check the samples, leave out responses without a token that counts, set the blocks of the others.
 
     Raises:
-        ValueError: for a malformed sample, or when every response is empty.
+        ValueError: for a malformed sample.
     """
-    trajectories = [trajectory for trajectory in batch if bool(trajectory.counts.any())]
-    if not trajectories:
-        raise ValueError(
-            f"all {len(batch)} responses of this step are empty: check the rollout engine and rollout.sampling"
-        )
-    for trajectory in trajectories:
+    usable = [trajectory for trajectory in group if bool(trajectory.counts.any())]
+    for trajectory in usable:
         trajectory.check(run.student.shape.vocab_size)
         trajectory.block_R = run.partition(torch.tensor(trajectory.response_ids))
-    return trajectories, len(batch) - len(trajectories)
+    return usable
+
+
+def in_batch_order(trajectories: Sequence[Trajectory], cfg: RunConfig) -> list[Trajectory]:
+    """The step's batch in the order of its prompts, which need not be the order in which they finished.
+
+    Raises:
+        ValueError: when every response of the step was empty.
+    """
+    if not trajectories:
+        raise ValueError(
+            f"all {cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt} responses of this step are empty: "
+            "check the rollout engine and rollout.sampling"
+        )
+    return sorted(trajectories, key=lambda trajectory: trajectory.index)
 
 
 def split(
@@ -163,10 +156,10 @@ def split(
     """This replica's micro-batches of each optimizer update of one epoch.
 
     Which responses share an update depends on the seed, the step and the epoch, never on the layout: a response
-    belongs to replica ``index % data_parallel`` for good, so a replica may have more or fewer of an update than
-    another, or none (an empty micro-batch, so that it still takes part). The first epoch keeps the sampled order: the
-    old log-probs are computed in the very micro-batches of the first update, which therefore has gates of exactly 1.
-    Where dropped responses leave fewer than there are mini-batches, there are fewer updates.
+    belongs to replica ``trajectory.index % data_parallel`` for good, so a replica may have more or fewer of an update
+    than another, or none (an empty micro-batch, so that it still takes part). The first epoch keeps the sampled order:
+    the old log-probs are computed in the very micro-batches of the first update, which therefore has gates of exactly
+    1. Where dropped responses leave fewer than there are mini-batches, there are fewer updates.
     """
     order = np.arange(len(trajectories))
     if epoch > 0:
@@ -174,18 +167,21 @@ def split(
     size = cfg.training.micro_batch_size
     updates = []
     for update in np.array_split(order, min(parts or cfg.training.minibatches, len(order))):
-        mine = [trajectories[i] for i in update if i % student.groups.data_size == student.groups.data_rank]
+        chosen = [trajectories[i] for i in update]
+        mine = [t for t in chosen if t.index % student.groups.data_size == student.groups.data_rank]
         updates.append([mine[i : i + size] for i in range(0, len(mine), size)] or [[]])
     return updates
 
 
 def set_old_logprobs(
-    first_pass: Sequence[Sequence[Sequence[Trajectory]]], student: MegatronPolicy, cfg: RunConfig
+    first_pass: Sequence[Sequence[Sequence[Trajectory]]], student: MegatronPolicy, cfg: RunConfig, version: int
 ) -> dict[str, float]:
     """Fill in log pi_old; returns how far sampler and trainer are apart on the same weights.
 
     `mismatch/kl` is the k3 estimate of KL(sampler || trainer) on the sampled tokens, `mismatch/abs_mean` the mean
-    absolute difference of their log-probs, in nats. With top_p < 1 both are over the truncated samples.
+    absolute difference of their log-probs, in nats. Both sides are the full distribution at the sampling temperature;
+    with top_p < 1 the tokens it is averaged over come from the truncated one. Tokens that older weights than `version`
+    sampled (partial rollouts) are left out.
     """
     if cfg.training.old_logprobs == "rollout":
         for trajectory in (t for update in first_pass for chunk in update for t in chunk):
@@ -197,6 +193,8 @@ def set_old_logprobs(
     def store(trajectory: Trajectory, scores: Scores) -> None:
         trajectory.old_logprobs_R = scores["logprobs"].float()
         difference = trajectory.old_logprobs_R.double() - trajectory.sampler_logprobs_R.double()
+        if trajectory.version_R is not None:
+            difference = difference[trajectory.version_R == version]
         if counts_here:
             k3 = torch.expm1(difference) - difference
             sums.add_(torch.stack([torch.ones_like(difference).sum(), difference.abs().sum(), k3.sum()]))
@@ -206,7 +204,7 @@ def set_old_logprobs(
     sums = sums.to(next(student.module.parameters()).device)
     dist.all_reduce(sums)
     count, absolute, k3 = sums.tolist()
-    return {"mismatch/abs_mean": absolute / count, "mismatch/kl": k3 / count}
+    return {"mismatch/abs_mean": absolute / count, "mismatch/kl": k3 / count} if count else {}
 
 
 def due(step: int, every: int) -> bool:

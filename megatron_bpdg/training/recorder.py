@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
+import torch
 import torch.distributed as dist
 
 from megatron_bpdg.config.load import dump_config
@@ -22,6 +24,8 @@ from megatron_bpdg.training.step import StepReport
 
 # Responses kept per step for the report's reader.
 _SAMPLES = 2
+# Mean difference of log-probs below which two models count as the same.
+_SAME_NATS = 1e-4
 
 
 class Recorder:
@@ -43,8 +47,8 @@ class Recorder:
                 )
             )
             shapes = {"student": self.run.student.shape}
-            if self.cfg.teacher is not None:
-                shapes["teacher"] = self.run.teacher.policy.shape
+            if self.run.teacher_shape is not None:
+                shapes["teacher"] = self.run.teacher_shape
             self.metrics.log(0, {f"model/{role}_parameters": shape.num_parameters for role, shape in shapes.items()})
             self.samples = self._exits.enter_context((output / "samples.jsonl").open("a"))
             self.progress = self._exits.enter_context(TrainingProgress(self.cfg.training.steps, output.name))
@@ -65,7 +69,6 @@ class Recorder:
         self,
         step: int,
         trajectories: Sequence[Trajectory],
-        dropped: int,
         reports: Sequence[tuple[int, StepReport]],
         mismatch: Mapping[str, float],
         seconds: Mapping[str, float],
@@ -82,7 +85,9 @@ class Recorder:
             "rollout/reward_mean": sum(bool(t.correct) for t in trajectories) / len(trajectories),
             "rollout/response_tokens_mean": tokens / len(trajectories),
             "rollout/truncated_fraction": sum(not t.finished for t in trajectories) / len(trajectories),
-            "rollout/empty": float(dropped),
+            "rollout/empty": float(_asked_for(self.cfg) - len(trajectories)),
+            "rollout/retries": float(self.run.engine.retries),
+            "rollout/version_lag_mean": _mean_version_lag(trajectories, step - 1),
             "rollout/tokens_per_s": tokens / seconds["rollout"],
         }
         self.metrics.log(step, values)
@@ -106,6 +111,36 @@ class Recorder:
                 "tok/s": values["rollout/tokens_per_s"],
             },
         )
+
+    @contextmanager
+    def rollout(self, step: int) -> Iterator[Callable[[Sequence[Trajectory]], None]]:
+        """Progress of a step's rollouts; yields what to call with each group that has been finished."""
+        start, responses, tokens = time.perf_counter(), 0, 0
+
+        def tell(group: Sequence[Trajectory]) -> None:
+            nonlocal responses, tokens
+            responses += len(group)
+            tokens += sum(len(trajectory.response_ids) for trajectory in group)
+            if self.writes:
+                rate = tokens / (time.perf_counter() - start)
+                self.progress.status(f"step {step}: {responses}/{_asked_for(self.cfg)} responses  {rate:.0f} tok/s")
+
+        yield tell
+
+    def warn_if_same(self, first_pass: Sequence[Sequence[Sequence[Trajectory]]]) -> None:
+        """Say so when the teacher's first log-probs are the student's own: it has nothing to teach then."""
+        differences = [
+            (t.teacher_logprobs_R.float() - t.old_logprobs_R).abs()
+            for update in first_pass
+            for chunk in update
+            for t in chunk
+            if t.teacher_logprobs_R is not None and t.old_logprobs_R is not None
+        ]
+        if self.writes and differences and float(torch.cat(differences).mean()) < _SAME_NATS:
+            self.progress.note(
+                "warning: the teacher's log-probs equal the student's own to within "
+                f"{_SAME_NATS:g} nats: is `teacher` the student's checkpoint, or its servers the student's?"
+            )
 
     def supervised_step(self, step: int, report: StepReport, seconds: Mapping[str, float]) -> None:
         """Record one supervised update."""
@@ -137,6 +172,17 @@ class Recorder:
                 f"step {step}  {result.benchmark}: "
                 + "  ".join(f"{name} {100 * score:.1f}%" for name, score in scores.items())
             )
+
+
+def _asked_for(cfg: RunConfig) -> int:
+    """Responses of one step."""
+    return cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt
+
+
+def _mean_version_lag(trajectories: Sequence[Trajectory], version: int) -> float:
+    """Mean over tokens of how many steps older than `version` the weights were that sampled them."""
+    lags = [version - t.version_R.float() for t in trajectories if t.version_R is not None]
+    return float(torch.cat(lags).mean()) if lags else 0.0
 
 
 def _mean_over_updates(reports: Sequence[tuple[int, StepReport]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.hf import read_hf_config
-from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights, save_weights
+from megatron_bpdg.checkpoint.live import load_weights, save_weights
+from megatron_bpdg.checkpoint.live_weights import LiveWeights
 from megatron_bpdg.config.schema import (
     Fixed,
     GateConfig,
@@ -30,7 +31,7 @@ from megatron_bpdg.config.schema import (
     TokenPartition,
 )
 from megatron_bpdg.data.graders import Grader, get_grader
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft, special_ids
+from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft
 from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
 from megatron_bpdg.drift.partition import token_partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
@@ -38,10 +39,10 @@ from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
 from megatron_bpdg.objectives.objective import build_objective
-from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.teacher.megatron import MegatronTeacher
+from megatron_bpdg.teacher.teacher import Teacher
+from megatron_bpdg.training.engines import PROBE_TOLERANCE, build_engine, build_teacher, make_probe, teacher_source
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
 from megatron_bpdg.training.step import NonFiniteError, Updater
 
@@ -76,16 +77,27 @@ class Run:
     engine: RolloutEngine
     prompts: Prompts = field(default_factory=lambda: Prompts([], []))
     benchmarks: dict[str, Prompts] = field(default_factory=dict)
-    _teacher: MegatronTeacher | None = None
+    teacher_shape: Qwen3Shape | None = None
+    _teacher: Teacher | None = None
 
     @property
-    def teacher(self) -> MegatronTeacher:
+    def teacher(self) -> Teacher:
         assert self._teacher is not None, "a supervised run has no teacher"
         return self._teacher
 
     def sync_weights(self, version: int) -> None:
-        """Stream the student's weights to the sampler."""
-        self.engine.load_weights(iter_hf_weights([self.module], self.hf_config), version)
+        """Send the student's weights to the sampler."""
+        probe = None
+        if self.cfg.rollout.engine == "sglang":
+            tolerance = self.cfg.rollout.weight_sync.probe_tolerance
+            probe = make_probe(self.student, tolerance or PROBE_TOLERANCE[self.cfg.student.dtype])
+        self.engine.load_weights(LiveWeights([self.module], self.hf_config, self.hf_folder), version, probe)
+
+    def close(self) -> None:
+        """Let go of servers."""
+        self.engine.close()
+        if self._teacher is not None:
+            self._teacher.close()
 
     def evaluate(self, step: int) -> list[EvalResult]:
         """pass@k of the sampler's weights on every benchmark; the same result on every rank."""
@@ -134,24 +146,21 @@ def build_run(cfg: RunConfig) -> Run:
         raise ValueError("logging.wandb is set but the package is missing: pip install 'megatron-bpdg[wandb]'")
     updates = cfg.training.steps * cfg.training.epochs * cfg.training.minibatches
     run = _build_student(cfg, updates)
-    teacher_folder = hf_folder(cfg.teacher.checkpoint, "teacher.checkpoint")
-    teacher_shape = Qwen3Shape.from_hf(read_hf_config(teacher_folder))
-    _check_same_vocabulary(run, teacher_shape, teacher_folder)
-    top_k = run.updater.objective.needs.top_k
-    if top_k > teacher_shape.vocab_size:
-        raise ValueError(f"objective.top_k = {top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
-    teacher_model = build_model(teacher_shape, cfg.layout, DTYPES[cfg.teacher.dtype])
-    load_weights([teacher_model], cfg.teacher.checkpoint)
-    run._teacher = MegatronTeacher(
-        MegatronPolicy(teacher_model, teacher_shape, cfg.layout),
-        run.updater.objective.needs,
-        cfg.rollout.sampling.temperature,
-        offload=cfg.teacher.offload,
-    )
-    run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
-    _check_payload_fits(cfg, run)
-    for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
-        _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", role, shape)
+    with ExitStack() as on_failure:
+        on_failure.callback(run.close)
+        needs = run.updater.objective.needs
+        source = teacher_source(cfg.teacher)
+        teacher_folder = hf_folder(source, "teacher.checkpoint")
+        teacher_shape = run.teacher_shape = Qwen3Shape.from_hf(read_hf_config(teacher_folder))
+        _check_same_vocabulary(run, teacher_shape, teacher_folder)
+        if needs.top_k > teacher_shape.vocab_size:
+            raise ValueError(f"objective.top_k = {needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
+        run._teacher = build_teacher(cfg, needs, run.student, run.tokenizer, source, teacher_shape)
+        run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
+        _check_payload_fits(cfg, run)
+        for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
+            _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", role, shape)
+        on_failure.pop_all()
     return run
 
 
@@ -192,7 +201,6 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
             f"student.tokenizer has {len(tokenizer)} ids but the model only {shape.vocab_size} rows: "
             "they do not belong together"
         )
-    eos_id, pad_id = special_ids(tokenizer, "student.tokenizer")
     benchmarks = {
         name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
         for name, path in cfg.evaluation.data.items()
@@ -223,13 +231,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         ),
         scheduler=scheduler,
         partition=build_partition(gate_config.partition, tokenizer),
-        engine=EmbeddedEngine(
-            folder,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            batch_size=cfg.rollout.batch_size,
-            dtype=dtype,
-        ),
+        engine=build_engine(cfg, folder, student, tokenizer),
         benchmarks=benchmarks,
     )
 

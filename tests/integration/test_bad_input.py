@@ -339,23 +339,23 @@ def test_an_update_that_fails_leaves_every_weight_as_it_was(miniature: Miniature
 def test_a_sampler_that_claims_the_impossible(
     miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = EmbeddedEngine.generate
+    honest = EmbeddedEngine.decode
 
-    def generate(self: EmbeddedEngine, *arguments: Any) -> list[Response]:
+    def decode(self: EmbeddedEngine, *arguments: Any) -> list[Response]:
         responses = honest(self, *arguments)
         responses[3].logprobs[0] = -torch.inf
         return responses
 
-    monkeypatch.setattr(EmbeddedEngine, "generate", generate)
+    monkeypatch.setattr(EmbeddedEngine, "decode", decode)
     with pytest.raises(ValueError, match=r"sample 1: the sampler's log-prob of response token 0 is -inf; a sampled"):
         distill(miniature.config(tmp_path / "run"))
 
 
 def test_responses_that_are_all_empty(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def generate(self: EmbeddedEngine, requests: Any, sampling: Any, advance: Any = None) -> list[Response]:
-        return [Response([], torch.zeros(0), True, 0) for _ in requests]
+    def decode(self: EmbeddedEngine, requests: Any, sampling: Any) -> list[Response]:
+        return [Response.empty() for _ in requests]
 
-    monkeypatch.setattr(EmbeddedEngine, "generate", generate)
+    monkeypatch.setattr(EmbeddedEngine, "decode", decode)
     with pytest.raises(ValueError, match="all 6 responses of this step are empty: check the rollout engine"):
         distill(miniature.config(tmp_path / "run"))
 
@@ -363,15 +363,15 @@ def test_responses_that_are_all_empty(miniature: Miniature, tmp_path: Path, monk
 def test_a_few_empty_responses_are_counted(
     miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = EmbeddedEngine.generate
+    honest = EmbeddedEngine.decode
 
-    def generate(self: EmbeddedEngine, *arguments: Any) -> list[Response]:
+    def decode(self: EmbeddedEngine, *arguments: Any) -> list[Response]:
         responses = honest(self, *arguments)
         for index in (0, 2, 3, 4):
-            responses[index] = Response([], torch.zeros(0), True, 0)
+            responses[index] = Response.empty()
         return responses
 
-    monkeypatch.setattr(EmbeddedEngine, "generate", generate)
+    monkeypatch.setattr(EmbeddedEngine, "decode", decode)
     # Six responses in six mini-batches, of which two are left.
     distill(miniature.config(tmp_path / "run", {"training": {"minibatches": 6, "steps": 1, "epochs": 2}}))
     (record,) = metrics(tmp_path / "run")

@@ -115,7 +115,7 @@ evaluation:
     assert problems(write(text)) == [
         "layout = 4: should be a section, `field: value` lines",
         "student.dtype = 'float23': should be one of float32, bfloat16; did you mean float32?",
-        "teacher.checkpoint: required, but not given (HF directory or bpdg checkpoint with the teacher's weights)",
+        "teacher: engine: megatron needs `checkpoint`",
         "data.train: required, but not given (training prompts (.parquet or .jsonl); for kind: sft, lines with "
         "`response`)",
         "data.trian: unknown key; did you mean data.train?",

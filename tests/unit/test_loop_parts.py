@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.drift import FixedBlocks
 from megatron_bpdg.models.policy import to_batches
-from megatron_bpdg.rollout.engine import Request, Response
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.training.loop import prepare, sample_rollouts, split
+from megatron_bpdg.training.loop import in_batch_order, prepare, split
 
 
 def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0) -> RunConfig:
@@ -47,7 +46,7 @@ def responses(count: int, empty: tuple[int, ...] = ()) -> list[Trajectory]:
     made = []
     for index in range(count):
         length = 0 if index in empty else 1 + index % 4
-        made.append(Trajectory(index, 0, [1], [2] * length, torch.full((length,), -1.0), finished=True))
+        made.append(Trajectory(index, 0, [1], [2] * length, torch.full((length,), -1.0), finished=True, index=index))
     return made
 
 
@@ -120,22 +119,34 @@ def run(vocab: int = 50) -> Any:
     return SimpleNamespace(student=student(vocab=vocab), partition=FixedBlocks(2))
 
 
-def test_empty_responses_are_dropped_and_counted() -> None:
-    kept, dropped = prepare(responses(6, empty=(1, 4)), run())
-    assert dropped == 2
+def test_empty_responses_are_left_out() -> None:
+    kept = prepare(responses(6, empty=(1, 4)), run())
     assert [t.problem for t in kept] == [0, 2, 3, 5]
     assert [t.block_R.tolist() for t in kept] == [[0], [0, 0, 1], [0, 0, 1, 1], [0, 0]]
 
 
 def test_more_minibatches_than_responses_left_still_give_no_empty_update() -> None:
-    kept, _ = prepare(responses(4, empty=(0, 1)), run())
+    kept = prepare(responses(4, empty=(0, 1)), run())
     updates = split(kept, config(minibatches=4), student(), step=1, epoch=0)
     assert [problems(update) for update in updates] == [[2], [3]]
 
 
 def test_only_empty_responses_are_an_error_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match=r"all 3 responses of this step are empty: check .* rollout\.sampling"):
-        prepare(responses(3, empty=(0, 1, 2)), run())
+    with pytest.raises(ValueError, match=r"all 200 responses of this step are empty: check .* rollout\.sampling"):
+        in_batch_order(prepare(responses(3, empty=(0, 1, 2)), run()), config())
+
+
+def test_the_batch_has_the_order_of_its_prompts_whatever_finished_first() -> None:
+    batch = responses(5)
+    assert problems([in_batch_order([batch[i] for i in (3, 0, 4, 1, 2)], config())]) == [0, 1, 2, 3, 4]
+
+
+def test_a_dropped_response_moves_no_other_to_another_replica() -> None:
+    cfg = config()
+    whole = {t.problem for t in split(responses(6), cfg, student(1, 2), 1, 0)[0][0]}
+    (update,) = split(prepare(responses(6, empty=(0,)), run()), cfg, student(1, 2), 1, 0)
+    assert {t.problem for t in chain(*update)} <= {1, 3, 5}
+    assert whole <= {1, 3, 5}
 
 
 def test_malformed_samples_are_refused() -> None:
@@ -145,33 +156,3 @@ def test_malformed_samples_are_refused() -> None:
     broken[2].sampler_logprobs_R[1] = -torch.inf
     with pytest.raises(ValueError, match=r"problem 2, sample 0: the sampler's log-prob of response token 1 is -inf"):
         prepare(broken, run())
-
-
-class Echo:
-    """A rollout engine that answers with the request's own prompt."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-
-    def generate(self, requests: list[Request], sampling: Any, advance: Any = None) -> list[Response]:
-        self.requests = list(requests)
-        return [
-            Response(r.prompt_ids[::-1], torch.zeros(len(r.prompt_ids)), index % 2 == 0, 7)
-            for index, r in enumerate(requests)
-        ]
-
-
-def test_rollouts_carry_their_problem_sample_and_version_and_draw_from_seeds_of_their_own() -> None:
-    engine, prompts = Echo(), SimpleNamespace(ids=[[1], [2, 3], [4]])
-    made = sample_rollouts(cast(Any, engine), cast(Any, prompts), [2, 1], config(), step=1)
-    assert [(t.problem, t.sample) for t in made] == [(2, 0), (2, 1), (1, 0), (1, 1)]
-    assert [t.response_ids for t in made] == [[4], [4], [3, 2], [3, 2]]
-    assert [t.finished for t in made] == [True, False, True, False]
-    assert {t.weight_version for t in made} == {7}
-    seeds = [request.seed for request in engine.requests]
-    assert len(set(seeds)) == 4
-    sample_rollouts(cast(Any, engine), cast(Any, prompts), [1], config(), step=1)
-    # A response's seed names its place, not its position in the batch.
-    assert [request.seed for request in engine.requests] == seeds[2:]
-    sample_rollouts(cast(Any, engine), cast(Any, prompts), [2, 1], config(), step=2)
-    assert not set(seeds) & {request.seed for request in engine.requests}

@@ -1,0 +1,102 @@
+"""Which responses a step samples, and which groups of them it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron_bpdg.config.schema import Rollout
+from megatron_bpdg.data.sampler import PromptSampler
+from megatron_bpdg.rollout.engine import Request, Response, RolloutEngine
+from megatron_bpdg.rollout.sampling import sample_seed
+from megatron_bpdg.rollout.trajectory import Trajectory
+
+# Separates the random streams of rollouts from those of shuffles and evaluation.
+_ROLLOUT = 1
+
+
+@dataclass
+class _Group:
+    """All samples of one prompt; `begun` are cut off and wait to be gone on with."""
+
+    problem: int
+    seeds: list[int]
+    done: dict[int, Response] = field(default_factory=dict)
+    begun: dict[int, Response] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.done) == len(self.seeds)
+
+
+class GroupSampler:
+    """Samples each step's prompts; with `extra_prompts`, also others, and takes the groups that finish first.
+
+    Without extra prompts a step trains on the prompts that the seed draws for it, whatever finishes when. With them,
+    groups that are not complete when enough others are keep what they have, go on in the next step under its weights,
+    and their responses then have tokens of several weight versions.
+
+    Args:
+        cfg: the rollout section.
+        prompt_ids: of every problem.
+        seed: the run's.
+    """
+
+    def __init__(self, cfg: Rollout, prompt_ids: Sequence[list[int]], seed: int) -> None:
+        self.cfg, self.prompt_ids, self.seed = cfg, prompt_ids, seed
+        self._order = PromptSampler(len(prompt_ids), cfg.prompts_per_step, seed)
+        self._waiting: list[_Group] = []
+        self._drawn = 0
+
+    def step(self, engine: RolloutEngine, step: int) -> Iterator[list[Trajectory]]:
+        """Complete groups of the step as they finish, `prompts_per_step` in all; the same on every rank."""
+        wanted = self.cfg.prompts_per_step
+        groups = self._waiting
+        while len(groups) < wanted + self.cfg.extra_prompts:
+            groups.append(self._draw(step))
+        places = [(g, s) for g in groups for s in range(len(g.seeds)) if s not in g.done]
+        stream = engine.stream(
+            [Request(self.prompt_ids[g.problem], g.seeds[s], g.begun.get(s)) for g, s in places], self.cfg.sampling
+        )
+        taken: list[_Group] = []
+
+        def take() -> Iterator[list[Trajectory]]:
+            for number, group in enumerate(groups):
+                if group.complete and group not in taken and len(taken) < wanted:
+                    taken.append(group)
+                    yield self._trajectories(group, len(taken) - 1 if self.cfg.extra_prompts else number)
+
+        yield from take()
+        for finished in stream:
+            for index, response in finished:
+                group, sample = places[index]
+                group.done[sample] = response
+            yield from take()
+            if len(taken) == wanted:
+                break
+        for index, response in stream.interrupt():
+            group, sample = places[index]
+            (group.begun if response.cut_off else group.done)[sample] = response
+        self._waiting = [group for group in groups if group not in taken]
+
+    def _draw(self, step: int) -> _Group:
+        batch, place = divmod(self._drawn, self.cfg.prompts_per_step)
+        problem = self._order.batch(batch)[place]
+        self._drawn += 1
+        samples = range(self.cfg.samples_per_prompt)
+        return _Group(problem, [sample_seed(self.seed, _ROLLOUT, step, problem, sample) for sample in samples])
+
+    def _trajectories(self, group: _Group, place: int) -> list[Trajectory]:
+        return [
+            Trajectory(
+                problem=group.problem,
+                sample=sample,
+                prompt_ids=self.prompt_ids[group.problem],
+                response_ids=response.ids,
+                sampler_logprobs_R=response.logprobs,
+                finished=response.finished,
+                version_R=response.version_R,
+                index=place * len(group.seeds) + sample,
+            )
+            for sample, response in sorted(group.done.items())
+        ]

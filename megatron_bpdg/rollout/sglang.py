@@ -1,0 +1,359 @@
+"""Rollouts from SGLang servers.
+
+One rank of each data-parallel replica (the leader) talks to the servers; its requests run in the background while the
+ranks meet every second to hand round what has finished. A server that lost its weights (it was restarted) gets them
+again at such a meeting, before it serves again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bpdg.checkpoint.live_weights import Weights
+from megatron_bpdg.config.schema import Sampling, Servers
+from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
+from megatron_bpdg.serving.answers import Generated, read_generated, read_scored
+from megatron_bpdg.serving.background import Background
+from megatron_bpdg.serving.client import Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.pool import ServerPool, ServingError, StaleWeights, State
+from megatron_bpdg.serving.weights import WeightSync, WeightSyncError
+
+# How long the ranks wait before they meet again when nothing has finished.
+_MEETING_S = 1.0
+
+
+class SGLangEngine:
+    """`RolloutEngine` on SGLang servers.
+
+    Args:
+        servers: addresses and patience.
+        sync: carries the weights over.
+        sync_urls: the engines that get the weights; other than the servers' only where those are routers.
+        replica, replicas: this rank's data-parallel replica and how many there are.
+        leader: whether this rank talks for its replica.
+        vocab_size: ids outside it are refused before they reach a server, which they would kill.
+        api_key: bearer token, or None.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        sync: WeightSync,
+        *,
+        sync_urls: Sequence[str] | None,
+        replica: int,
+        replicas: int,
+        leader: bool,
+        vocab_size: int,
+        api_key: str | None = None,
+    ) -> None:
+        self.servers, self.sync = servers, sync
+        self.replica, self.replicas, self.leader, self.vocab_size = replica, replicas, leader, vocab_size
+        self.sync_urls = [url.rstrip("/") for url in sync_urls or servers.urls]
+        self.version = -1
+        self.retries = 0
+        # Versions on the wire carry the run's name: a server left over from another run must not pass for ours.
+        name = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(name, src=0)
+        self.run = f"bpdg-{name[0]}"
+        self._weights: Weights | None = None
+        self._probe: Probe | None = None
+        self._background = Background("bpdg-rollout") if self._talks else None
+        self.pool = ServerPool(servers, "rollout", api_key, self._has_our_weights)
+        if self._background is not None:
+            self._background.run(self.pool.open())
+
+    @property
+    def _talks(self) -> bool:
+        """Leaders ask for responses; the first rank of all sends the weights and checks them."""
+        return self.leader or dist.get_rank() == 0
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Weights, version: int, probe: Probe | None) -> None:
+        """Send the weights to every engine that can take them.
+
+        Raises:
+            ServingError: no engine took them.
+            WeightSyncError: an engine that took them does not answer as they do (`probe`).
+        """
+        self._weights, self._probe, self.version = weights, probe, version
+        self._push(self.sync_urls)
+
+    def _push(self, urls: Sequence[str]) -> None:
+        assert self._weights is not None
+        try:
+            self.sync.push(self._weights, self.wire_version(self.version), urls)
+            failed: dict[str, str] = {}
+        except WeightSyncError as error:
+            failed = error.failed
+        outcome: list[Any] = [None]
+        if dist.get_rank() == 0:
+            assert self._background is not None
+            took = [url for url in urls if url not in failed]
+            outcome = [self._background.run(_check_probe(took, self._probe, self.vocab_size)) if self._probe else None]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0] is not None:
+            raise WeightSyncError(outcome[0])
+        if set(failed) >= set(self.sync_urls):
+            listed = "\n".join(f"  {url}: {message}" for url, message in failed.items())
+            raise ServingError(f"rollout: no engine took the weights of step {self.version}:\n{listed}")
+        if self._background is not None:
+            # A router serves as long as one engine behind it does.
+            routed = set(self.sync_urls) != set(self.pool.urls)
+            ask = self.pool.urls if routed else urls
+            states = {url: State.DOWN if url in failed else State.SERVING for url in ask}
+            self._background.run(self.pool.set_states(states, failed))
+
+    def wire_version(self, version: int) -> str:
+        return f"{self.run}-{version}"
+
+    def _step_of(self, wire_version: str) -> int | None:
+        """The trainer's step of a version on the wire; None for weights that are not this run's."""
+        run, _, step = wire_version.rpartition("-")
+        return int(step) if run == self.run and step.isdecimal() else None
+
+    async def _has_our_weights(self, server: Server) -> bool:
+        return await server.weight_version() == self.wire_version(self.version)
+
+    # --- sampling --------------------------------------------------------------------------------------------------
+
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> SGLangStream:
+        """Start this replica's share of the requests.
+
+        Raises:
+            RuntimeError: no weights have been loaded yet.
+            ValueError: a prompt has an id outside the vocabulary.
+        """
+        if self.version < 0:
+            raise RuntimeError("SGLangEngine.stream before load_weights: the servers' weights are unknown")
+        for request in requests:
+            if bad := [token for token in request.prompt_ids if not 0 <= token < self.vocab_size]:
+                raise ValueError(f"prompt with token id {bad[0]}, outside the vocabulary of {self.vocab_size}")
+        return SGLangStream(self, requests, sampling)
+
+    def close(self) -> None:
+        if self._background is not None:
+            self._background.run(self.pool.close())
+            self._background.close()
+        self.sync.close()
+
+    async def sample(self, job: _Job, sampling: Sampling) -> Response:
+        """Sample one response to its end; goes on where others aborted it, ends early where `job` is cancelled."""
+        begun = job.request.begun or Response.empty()
+        ids, logprobs, versions = list(begun.ids), [begun.logprobs], [begun.version_R]
+        finish = "abort"
+        while finish == "abort" and not job.interrupted and len(ids) < sampling.max_new_tokens:
+            answer, version_R = await self.pool.call(partial(self._ask, job=job, ids=ids, sampling=sampling), job.name)
+            ids += answer.ids
+            logprobs.append(answer.logprobs_R)
+            versions.append(version_R)
+            finish = answer.finish
+        full = len(ids) >= sampling.max_new_tokens
+        return Response(
+            ids,
+            torch.cat(logprobs),
+            finished=finish == "stop",
+            version_R=torch.cat(versions),
+            cut_off=finish == "abort" and not full,
+        )
+
+    async def _ask(
+        self, server: Server, job: _Job, ids: list[int], sampling: Sampling
+    ) -> tuple[Generated, torch.Tensor]:
+        if job.interrupted:
+            return Generated([], torch.zeros(0), "abort", [], ""), torch.zeros(0, dtype=torch.int32)
+        left = sampling.max_new_tokens - len(ids)
+        before = self.version
+        request_id = f"{self.run}-{uuid.uuid4().hex}"
+        body = {
+            "rid": request_id,
+            "input_ids": job.request.prompt_ids + ids,
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_new_tokens": left,
+                # Heard only by servers in deterministic mode.
+                "sampling_seed": job.request.seed % 2**31,
+                "skip_special_tokens": False,
+            },
+            "return_logprob": True,
+        }
+        job.asked = (server, request_id)
+        try:
+            raw = await server.post("/generate", body)
+        except ServerUnavailable:
+            # It may only have been too slow: whatever it still does for this request is not wanted any more.
+            await _abort(server, request_id)
+            raise
+        finally:
+            job.asked = None
+        where = f"{server.url}/generate, {job.name}"
+        answer = read_generated(raw, max_new_tokens=left, vocab_size=self.vocab_size, where=where)
+        return answer, self._versions(answer, before, where)
+
+    def _versions(self, answer: Generated, before: int, where: str) -> torch.Tensor:
+        """Step of each token's weights, int32 ``[R]``."""
+        # Without spans all that is known is what was loaded before and what is now: count the older for every token.
+        spans = answer.spans or [(answer.version, 0, len(answer.ids))]
+        steps = [self._step_of(version) for version, _, _ in spans]
+        if any(step is None or not before <= step <= self.version for step in steps):
+            raise StaleWeights(
+                f"{where}: sampled by weights {[v for v, _, _ in spans]}, not {self.wire_version(before)}"
+            )
+        if answer.spans is None:
+            steps = [before]
+        lengths = torch.tensor([end - start for _, start, end in spans])
+        return torch.tensor(steps, dtype=torch.int32).repeat_interleave(lengths)
+
+
+@dataclass
+class _Job:
+    """A request under way; `asked` while a server works on it."""
+
+    index: int
+    request: Request
+    interrupted: bool = False
+    asked: tuple[Server, str] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"response {self.index}"
+
+
+@dataclass
+class _Meeting:
+    """What a leader brings to a meeting of the ranks."""
+
+    finished: Finished = field(default_factory=list)
+    retries: int = 0
+    error: str | None = None
+    without_weights: list[str] = field(default_factory=list)
+
+
+class SGLangStream:
+    """`RolloutStream` of an `SGLangEngine`."""
+
+    def __init__(self, engine: SGLangEngine, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.engine, self.count = engine, len(requests)
+        self._left = len(requests)
+        self._running: dict[Future[Response], _Job] = {}
+        if engine.leader:
+            assert engine._background is not None
+            for index, request in enumerate(requests):
+                if index % engine.replicas == engine.replica:
+                    job = _Job(index, request)
+                    self._running[engine._background.submit(engine.sample(job, sampling))] = job
+
+    def __iter__(self) -> Iterator[Finished]:
+        while self._left:
+            finished = self._meet()
+            self._left -= len(finished)
+            if finished:
+                yield finished
+
+    def interrupt(self) -> Finished:
+        for job in self._running.values():
+            job.interrupted = True
+        leftovers: Finished = []
+        while self._left:
+            if self.engine._background is not None:
+                # Again at every meeting: a server ignores an abort that overtakes its request.
+                self.engine._background.run(_abort_jobs(list(self._running.values())))
+            finished = self._meet()
+            self._left -= len(finished)
+            leftovers += finished
+        return leftovers
+
+    def _meet(self) -> Finished:
+        """Hand round what has finished since the last meeting; serve engines that lack the weights.
+
+        Raises:
+            ServingError: the same on every rank, when a leader's servers are past helping.
+        """
+        engine = self.engine
+        here = self._harvest()
+        meetings: list[_Meeting] = [here] * dist.get_world_size()
+        dist.all_gather_object(meetings, here)
+        engine.retries = sum(meeting.retries for meeting in meetings)
+        if errors := [meeting.error for meeting in meetings if meeting.error]:
+            for future in self._running:
+                future.cancel()
+            raise ServingError(errors[0])
+        without = sorted({url for meeting in meetings for url in meeting.without_weights})
+        if without:
+            engine._push(without if set(without) <= set(engine.sync_urls) else engine.sync_urls)
+        return [pair for meeting in meetings for pair in meeting.finished]
+
+    def _harvest(self) -> _Meeting:
+        meeting = _Meeting(retries=self.engine.pool.retries)
+        if not self._running:
+            return meeting
+        # A moment for those that finish close together.
+        deadline = time.monotonic() + _MEETING_S
+        wait(self._running, _MEETING_S, FIRST_COMPLETED)
+        wait(self._running, min(0.05, max(0.0, deadline - time.monotonic())))
+        for future in [future for future in self._running if future.done()]:
+            job = self._running.pop(future)
+            try:
+                meeting.finished.append((job.index, future.result()))
+            except (ServerError, ServingError) as error:
+                meeting.error = str(error)
+        meeting.without_weights = self.engine.pool.in_state(State.STALE)
+        return meeting
+
+
+async def _abort(server: Server, request_id: str) -> None:
+    try:
+        await server.post("/abort_request", {"rid": request_id}, timeout_s=5.0)
+    except ServerError:
+        # The server is in trouble already and the pool knows; the request is sent elsewhere either way.
+        return
+
+
+async def _abort_jobs(jobs: Sequence[_Job]) -> None:
+    await asyncio.gather(*(_abort(*job.asked) for job in jobs if job.asked is not None))
+
+
+async def _check_probe(urls: Sequence[str], probe: Probe, vocab_size: int) -> str | None:
+    """What is wrong with the weights of the servers, or None."""
+    problems = []
+    for url in urls:
+        async with Server(url, timeout_s=60.0) as server:
+            try:
+                difference = (await given_logprobs(server, probe.ids, vocab_size) - probe.logprobs_T).abs()
+            except ServerUnavailable:
+                # It has died since; its first request will find that out, and it gets the weights again.
+                continue
+            except ServerError as error:
+                problems.append(f"{url} does not answer the probe text: {error}")
+                continue
+            if not float(difference.mean()) <= probe.tolerance:
+                problems.append(
+                    f"{url} does not answer as the weights it was sent: log-probs of the probe text differ by "
+                    f"{float(difference.mean()):.3g} nats on average (at most {float(difference.max()):.3g}), allowed "
+                    f"{probe.tolerance:g} (rollout.weight_sync.probe_tolerance); check its model and --dtype"
+                )
+    return "\n".join(problems) or None
+
+
+async def given_logprobs(server: Server, ids: list[int], vocab_size: int) -> torch.Tensor:
+    """Log-probs of all but the first id at temperature 1, float32."""
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    raw = await server.post("/generate", body)
+    return read_scored(raw, ids=ids[1:], top_k=0, vocab_size=vocab_size, where=f"{server.url}/generate").logprobs_R

@@ -1,0 +1,103 @@
+"""One SGLang server over HTTP, with every way it can fail told apart."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aiohttp
+
+
+class ServerError(RuntimeError):
+    """A server did not do what it was asked; the message names its URL."""
+
+
+class ServerUnavailable(ServerError):
+    """It could not be reached, hung up, took too long or failed inside. Another server may well answer."""
+
+
+class MalformedAnswer(ServerError):
+    """It answered with something that is not what was asked for."""
+
+
+class RequestRefused(ServerError):
+    """It answered 4xx: the request is wrong, and would be anywhere."""
+
+
+class Server:
+    """JSON calls to one server. Use as an async context manager, inside one event loop.
+
+    Args:
+        url: such as ``http://host:30000``.
+        timeout_s: seconds one call may take, unless the call says otherwise.
+        api_key: sent as bearer token where the server asks for one.
+    """
+
+    def __init__(self, url: str, timeout_s: float, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Server:
+        # The callers bound how much is in flight; a second bound here would only hide in queueing time.
+        self._session = aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(limit=0))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def get(self, path: str, *, timeout_s: float | None = None) -> Any:
+        """Answer of ``GET path``, parsed JSON (None where it is empty).
+
+        Raises:
+            ServerUnavailable, MalformedAnswer, RequestRefused: see each.
+        """
+        return await self._call("GET", path, None, timeout_s)
+
+    async def post(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> Any:
+        """Answer of ``POST path``, as for `get`."""
+        return await self._call("POST", path, body, timeout_s)
+
+    async def healthy(self, *, timeout_s: float = 10.0) -> bool:
+        """Whether it can generate now."""
+        try:
+            await self.get("/health", timeout_s=timeout_s)
+        except ServerError:
+            return False
+        return True
+
+    async def weight_version(self) -> str:
+        """The version that it names its weights by."""
+        info = await self.get("/model_info", timeout_s=30.0)
+        if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
+            raise MalformedAnswer(f"{self.url}/model_info has no weight_version: SGLang 0.5.23 or newer is needed")
+        return str(info["weight_version"])
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
+        assert self._session is not None, "Server used outside its context"
+        where = f"{method} {self.url}{path}"
+        limit = aiohttp.ClientTimeout(total=timeout_s or self.timeout_s, sock_connect=10.0)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
+                content = await response.read()
+        except TimeoutError as error:
+            raise ServerUnavailable(f"{where}: no answer within {limit.total:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerUnavailable(f"{where}: {type(error).__name__}: {error}") from error
+        text = content[:500].decode(errors="replace")
+        if response.status >= 500:
+            raise ServerUnavailable(f"{where}: status {response.status}: {text}")
+        if response.status >= 400:
+            raise RequestRefused(f"{where}: status {response.status}: {text}")
+        if not content:
+            return None
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise MalformedAnswer(f"{where}: the answer is not JSON ({error}): {text[:200]!r}") from error

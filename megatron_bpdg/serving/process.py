@@ -1,0 +1,244 @@
+"""A server's processes: started as a group, watched until they are healthy, stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from megatron_bpdg.serving.client import Server
+from megatron_bpdg.serving.launch import ServerCommand
+
+_TAIL_LINES = 20
+_POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
+# Words in the log, in small letters, and what they mean for the user.
+_HINTS = {
+    "address already in use": "its port was taken meanwhile; choose another --port",
+    "out of memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
+    "not enough memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
+    "unrecognized arguments": "a flag after `--` is none of SGLang's",
+}
+
+Progress = Callable[[float, str], None]
+
+
+class ServerDied(RuntimeError):
+    """The server ended by itself, or did not become healthy in time; the message quotes the end of its log."""
+
+
+class RunningServer:
+    """One server with its scheduler and detokenizer, in a process group of their own.
+
+    As a context manager it is started and healthy inside, and gone afterwards. Started in the main thread, it also ends
+    when this process dies in a way that leaves no time for anything.
+
+    Args:
+        command: what to start.
+        log: file that its output is appended to.
+        deadline_s: seconds that it has to become healthy.
+        grace_s: seconds that it has to stop before it is killed.
+        progress: told the seconds and the last line of the log while waiting for it.
+    """
+
+    def __init__(
+        self,
+        command: ServerCommand,
+        log: Path,
+        *,
+        deadline_s: float = 1800.0,
+        grace_s: float = 30.0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.command = command
+        self.log = log
+        self.deadline_s = deadline_s
+        self.grace_s = grace_s
+        self._progress = progress or (lambda seconds, line: None)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.command.host, self.command.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.command.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server and id of its group."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it and return when it is healthy.
+
+        Raises:
+            ValueError: its port is in use.
+            ServerDied: it ended, or the deadline passed; nothing of it is left.
+        """
+        assert self._process is None, "started already"
+        check_port(self.command.host, self.command.port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                self.command.argv,
+                env={**os.environ, **self.command.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if threading.current_thread() is threading.main_thread() else None,
+            )
+        try:
+            asyncio.run(self._wait_until_healthy())
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """Return never, unless interrupted by an exception of a signal handler.
+
+        Raises:
+            ServerDied: it ended.
+        """
+        assert self._process is not None, "not started"
+        self._process.wait()
+        raise self._died()
+
+    def stop(self) -> None:
+        """Ask it to stop, kill what is left after the grace period; returns when no process of it is left."""
+        if self._process is None:
+            return
+        try:
+            self._send(signal.SIGTERM)
+            self._gone_within(self.grace_s)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill all its processes; returns when they are gone."""
+        if self._process is None:
+            return
+        self._send(signal.SIGKILL)
+        self._process.wait()
+        self._gone_within(self.grace_s)
+        self._process = None
+
+    async def _wait_until_healthy(self) -> None:
+        assert self._process is not None
+        started = time.monotonic()
+        async with Server(self.url, timeout_s=10.0) as server:
+            while not await server.healthy():
+                if self._process.poll() is not None:
+                    raise self._died()
+                seconds = time.monotonic() - started
+                if seconds > self.deadline_s:
+                    raise ServerDied(f"the server is not healthy after {self.deadline_s:g} s; {self._log_end()}")
+                self._progress(seconds, next(reversed(self._tail()), ""))
+                await asyncio.sleep(_POLL_S)
+        if self._process.poll() is not None:
+            raise self._died()
+
+    def _died(self) -> ServerDied:
+        assert self._process is not None
+        code = self._process.wait()
+        how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        text = "\n".join(self._tail(200)).lower()
+        hint = next((f" ({meaning})" for words, meaning in _HINTS.items() if words in text), "")
+        return ServerDied(f"the server ended {how}{hint}; {self._log_end()}")
+
+    def _log_end(self) -> str:
+        lines = "\n".join(f"  {line}" for line in self._tail())
+        return f"the end of {self.log}:\n{lines}" if lines else f"{self.log} is empty"
+
+    def _tail(self, lines: int = _TAIL_LINES) -> list[str]:
+        with self.log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - 2**16))
+            text = log.read().decode(errors="replace")
+        return [line[:300] for line in text.splitlines() if line.strip()][-lines:]
+
+    def _send(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return
+
+    def _gone_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while alive := self._alive():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return not alive
+
+    def _alive(self) -> bool:
+        """Whether any process of the group still runs; those that wait to be collected do not."""
+        assert self._process is not None
+        self._process.poll()
+        for process in psutil.process_iter():
+            try:
+                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    return True
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return False
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that another program listens on, whose answers would be taken for the server's.
+
+    Raises:
+        ValueError: it is in use, or `host` is no address of this machine.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen()
+        except OSError as error:
+            raise ValueError(f"--port {port} of --host {host}: {error.strerror}; choose another") from error
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. Main thread only."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """In the new process: have the kernel end it when the thread that started it is gone."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

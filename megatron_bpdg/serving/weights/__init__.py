@@ -1,0 +1,36 @@
+"""From Megatron's ranks into SGLang servers: through a file system, shared memory, or a collective group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_bpdg.config.schema import WeightSync as WeightSyncConfig
+from megatron_bpdg.serving.weights.base import WeightSync, WeightSyncError
+from megatron_bpdg.serving.weights.disk import DiskSync
+from megatron_bpdg.serving.weights.distributed import DistributedSync
+from megatron_bpdg.serving.weights.tensor import TensorSync
+
+__all__ = ["DiskSync", "DistributedSync", "TensorSync", "WeightSync", "WeightSyncError", "build_weight_sync"]
+
+
+def build_weight_sync(cfg: WeightSyncConfig, output: Path, api_key: str | None = None) -> WeightSync:
+    """The transport that the config names.
+
+    Args:
+        output: the run's directory, where weights lie that have no directory of their own.
+        api_key: bearer token of the servers, or None.
+    """
+    bucket_bytes = cfg.bucket_mb * 10**6
+    if cfg.method == "disk":
+        directory = (cfg.directory or output / "sampler_weights").resolve()
+        return DiskSync(directory, cfg.keep, pause=cfg.pause, timeout_s=cfg.timeout_s, api_key=api_key)
+    if cfg.method == "tensor":
+        return TensorSync(bucket_bytes, pause=cfg.pause, timeout_s=cfg.timeout_s, api_key=api_key)
+    return DistributedSync(
+        bucket_bytes,
+        master_address=cfg.master_address,
+        master_port=cfg.master_port,
+        pause=cfg.pause,
+        timeout_s=cfg.timeout_s,
+        api_key=api_key,
+    )

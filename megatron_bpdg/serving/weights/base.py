@@ -1,0 +1,182 @@
+"""What all ways of sending weights share: pausing, telling several servers at once, and who failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bpdg.checkpoint.live_weights import Weights
+from megatron_bpdg.serving.background import Background
+from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
+
+Pause = Literal["retract", "abort", "in_place"]
+Bucket = list[tuple[str, Tensor]]
+Body = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
+
+
+class WeightSyncError(RuntimeError):
+    """Servers that did not take the weights.
+
+    Attributes:
+        failed: URL -> what went wrong; the other servers have the weights.
+    """
+
+    def __init__(self, message: str, failed: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.failed = dict(failed or {})
+
+
+class WeightSync(Protocol):
+    """Carries weights from the trainer's ranks to servers."""
+
+    def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
+        """Send the current weights to every server and have them call it `version`.
+
+        Collective over the world; rank 0 talks to the servers. One failing server does not keep the others from
+        their weights.
+
+        Raises:
+            WeightSyncError: the same on every rank, naming each server that failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of groups and connections."""
+        ...
+
+
+class Update:
+    """Rank 0's side of one update: every call goes to all servers at once, one that fails is left out from then on.
+
+    As a context manager it pauses the servers and lets them continue, whatever happens in between.
+    """
+
+    def __init__(self, urls: Sequence[str], *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
+        self.failed: dict[str, str] = {}
+        self.flush = pause != "in_place"  # a server refuses to drop caches that paused requests still use
+        self._begun: set[str] = set()
+        self._pause = pause
+        self._servers = {url: Server(url, timeout_s, api_key) for url in urls}
+        self._background = Background("bpdg-weights")
+
+    @property
+    def urls(self) -> list[str]:
+        """Servers that have not failed."""
+        return [url for url in self._servers if url not in self.failed]
+
+    def __enter__(self) -> Self:
+        for server in self._servers.values():
+            self._background.run(server.__aenter__())
+        self.post("/pause_generation", {"mode": self._pause})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Those that failed too: a server that refused an update must stay neither paused nor in the middle of it.
+        refused = dict(self.failed)
+        self.failed = {url: "" for url in self._servers if url not in self._begun}
+        self.post("/end_weight_update", {})
+        self.failed = {}
+        self.post("/continue_generation", {})
+        self.failed |= refused
+        for server in self._servers.values():
+            self._background.run(server.close())
+        self._background.close()
+
+    def begin(self) -> None:
+        """Open the update of weights that come tensor by tensor."""
+        # A trainer that died may have left one open; where none is, the server refuses and nothing happens.
+        before = dict(self.failed)
+        self.post("/end_weight_update", {})
+        self.failed = before
+        self.post("/begin_weight_update", {})
+        self._begun = set(self.urls)
+
+    def end(self) -> None:
+        """Close it."""
+        self.post("/end_weight_update", {})
+        self._begun -= set(self.urls)
+
+    def post(self, path: str, body: Body) -> None:
+        """Call every server that has not failed; `body` may depend on the URL."""
+        self.start(path, body)()
+
+    def start(self, path: str, body: Body) -> Callable[[], None]:
+        """As `post`, but returns at once; call what it returns to wait for the answers."""
+        calls = {
+            url: self._background.submit(self._call(url, path, dict(body(url) if callable(body) else body)))
+            for url in self.urls
+        }
+
+        def finish() -> None:
+            for url, call in calls.items():
+                try:
+                    call.result()
+                except ServerError as error:
+                    self.failed[url] = str(error)
+
+        return finish
+
+    def get(self, url: str, path: str) -> Any:
+        """One server's answer.
+
+        Raises:
+            ServerError: see `Server.get`.
+        """
+        return self._background.run(self._servers[url].get(path))
+
+    def alive(self, url: str) -> bool:
+        """Whether a server can be reached."""
+        try:
+            self.get(url, "/model_info")
+        except ServerError:
+            return False
+        return True
+
+    def check_version(self, version: str) -> None:
+        """Count a server as failed that does not name its weights `version`."""
+        for url in self.urls:
+            try:
+                found = self._background.run(self._servers[url].weight_version())
+            except ServerError as error:
+                self.failed[url] = str(error)
+                continue
+            if found != version:
+                self.failed[url] = f"{url} took an update to {version!r} but says that its weights are {found!r}"
+
+    async def _call(self, url: str, path: str, body: dict[str, Any]) -> None:
+        answer = await self._servers[url].post(path, body)
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise MalformedAnswer(f"{url}{path}: {answer.get('message')}")
+
+
+def share_outcome(failed: Mapping[str, str]) -> None:
+    """Raise rank 0's failures on every rank. Collective over the world."""
+    outcome = [dict(failed)]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        listed = "\n".join(f"  {url}: {message}" for url, message in outcome[0].items())
+        raise WeightSyncError(f"weight update failed:\n{listed}", outcome[0])
+
+
+def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[tuple[Bucket, bool]]:
+    """Consecutive weights of at most `limit` bytes together (a larger one by itself), and whether they are the last.
+
+    Each tensor owns its memory. One bucket and one more tensor are held at a time.
+    """
+    bucket: Bucket = []
+    held = 0
+    for name, tensor in weights:
+        size = tensor.numel() * tensor.element_size()
+        if bucket and held + size > limit:
+            yield bucket, False
+            bucket, held = [], 0
+        bucket.append((name, tensor.clone(memory_format=torch.contiguous_format)))
+        held += size
+    yield bucket, True

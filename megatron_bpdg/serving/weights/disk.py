@@ -1,0 +1,52 @@
+"""Weights through a file system that the trainer and the servers share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_bpdg.checkpoint.live_weights import Weights
+from megatron_bpdg.serving.weights.base import Pause, Update, share_outcome
+
+
+class DiskSync:
+    """`WeightSync` that writes one HF directory per version and has the servers read it.
+
+    Args:
+        directory: of the versions.
+        keep: newest versions that are kept; older ones are deleted once the servers have the new one.
+        pause: what servers do with requests under way.
+        timeout_s: one call to a server.
+        api_key: bearer token, or None.
+    """
+
+    def __init__(self, directory: Path, keep: int, *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
+        self.directory, self.keep = directory, keep
+        self.pause, self.timeout_s, self.api_key = pause, timeout_s, api_key
+        self._kept: list[Path] = []
+
+    def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
+        path = self.directory / version
+        weights.save(path)
+        failed: dict[str, str] = {}
+        if dist.get_rank() == 0:
+            with Update(urls, pause=self.pause, timeout_s=self.timeout_s, api_key=self.api_key) as update:
+                body = {"model_path": str(path), "weight_version": version, "flush_cache": update.flush}
+                update.post("/update_weights_from_disk", body)
+                update.check_version(version)
+            failed = update.failed
+            self._prune(path)
+        share_outcome(failed)
+
+    def _prune(self, newest: Path) -> None:
+        """Only what this run wrote is deleted; the servers read during `push` alone."""
+        self._kept = [path for path in self._kept if path != newest] + [newest]
+        for path in self._kept[: -self.keep]:
+            shutil.rmtree(path)
+        self._kept = self._kept[-self.keep :]
+
+    def close(self) -> None:
+        """The newest versions stay: a server that is started again can be started from them."""

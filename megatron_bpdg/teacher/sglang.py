@@ -1,0 +1,286 @@
+"""A teacher behind SGLang servers.
+
+Scoring begins as soon as a group of responses is there, while others are still being sampled: `prefetch` sends the
+requests, `score` waits for them. What comes back per response token is K ids and K + 1 log-probs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bpdg.config.schema import Servers, Teacher
+from megatron_bpdg.models.policy import Groups
+from megatron_bpdg.objectives.objective import TeacherNeeds
+from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.serving.answers import Scored, read_scored
+from megatron_bpdg.serving.background import Background
+from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.pool import ServerPool, ServingError
+from megatron_bpdg.serving.tokenizer_check import check_tokenizer
+
+# Tokens of the text by which a teacher's servers are told apart, and how far right answers to it may be apart.
+_FINGERPRINT_TOKENS = 32
+_FINGERPRINT_TOLERANCE = 0.2
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SGLangTeacher:
+    """Scores responses through servers; one rank of each replica's last stage asks, its tensor-parallel group is told.
+
+    Args:
+        cfg: servers, request size, width of the payload.
+        needs: what the objective reads; not the whole distribution.
+        temperature: the sampling temperature. Servers score at temperature 1 only: at another one the log-probs are
+            divided by it, which leaves out each position's normaliser. `build` refuses objectives that need it.
+        vocab_size: rows of the teacher's vocabulary.
+        groups: where this rank stands.
+        api_key: bearer token, or None.
+
+    Raises:
+        ServingError: a server cannot be asked, or the servers do not serve the same weights.
+    """
+
+    def __init__(
+        self,
+        cfg: Teacher,
+        needs: TeacherNeeds,
+        temperature: float,
+        *,
+        vocab_size: int,
+        groups: Groups,
+        api_key: str | None = None,
+    ) -> None:
+        assert cfg.servers is not None
+        self.cfg, self.needs, self.temperature = cfg, needs, temperature
+        self.vocab_size, self.groups = vocab_size, groups
+        self.dtype = _DTYPES[cfg.payload_dtype]
+        self.leader = groups.is_last_stage and groups.tensor.rank() == 0
+        self.pool = ServerPool(cfg.servers, "teacher", api_key, self._is_the_same)
+        # By identity; holding the trajectory keeps its identity its own.
+        self._asked: dict[int, tuple[Trajectory, Future[Scored]]] = {}
+        self._version: str | None = None
+        generator = torch.Generator().manual_seed(0)
+        self._text = torch.randint(vocab_size, (_FINGERPRINT_TOKENS + 1,), generator=generator).tolist()
+        self._fingerprint_T = torch.zeros(0)
+        self._background = Background("bpdg-teacher") if self.leader else None
+        problem = None
+        if self._background is not None:
+            self._background.run(self.pool.open())
+            problem = self._background.run(self._compare_servers())
+        try:
+            _raise_everywhere(problem)
+        except ServingError:
+            self.close()
+            raise
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise ValueError, on every rank, where a server's tokenizer is not this one. Collective."""
+        problem = None
+        if self._background is not None:
+            try:
+                self._background.run(self._compare_tokenizers(tokenizer))
+            except (ValueError, ServerError) as error:
+                problem = f"teacher.servers: {error}"
+        problems = _everyone(problem)
+        if problems:
+            raise ValueError(problems[0])
+
+    def prefetch(self, trajectories: Sequence[Trajectory]) -> None:
+        """Ask for what this replica will need of these."""
+        if self._background is None:
+            return
+        mine = [t for t in trajectories if t.index % self.groups.data_size == self.groups.data_rank]
+        for batch in _batches(mine, self.cfg.tokens_per_request):
+            answers = self._background.submit(self._score(batch))
+            for position, trajectory in enumerate(batch):
+                self._asked[id(trajectory)] = trajectory, self._background.submit(_item(answers, position))
+
+    def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
+        """Fill in the teacher fields of every trajectory, on all tensor-parallel ranks of the last stage.
+
+        Raises:
+            ServingError: the same on every rank, when the servers are past helping or their weights changed.
+        """
+        trajectories = [trajectory for batch in micro_batches for trajectory in batch]
+        problem = None
+        if self.leader:
+            self.prefetch([t for t in trajectories if id(t) not in self._asked])
+            try:
+                for trajectory in trajectories:
+                    self._store(*self._asked.pop(id(trajectory)))
+            except (ServerError, ServingError) as error:
+                problem = str(error)
+        _raise_everywhere(problem)
+        if self.groups.is_last_stage and self.groups.tensor.size() > 1:
+            self._hand_round(trajectories)
+
+    def close(self) -> None:
+        if self._background is not None:
+            self._background.run(self.pool.close())
+            self._background.close()
+
+    def _store(self, trajectory: Trajectory, answer: Future[Scored]) -> None:
+        scored = answer.result()
+        trajectory.teacher_logprobs_R = (scored.logprobs_R / self.temperature).to(self.dtype)
+        trajectory.teacher_support_RK = scored.support_RK
+        if scored.support_logprobs_RK is not None:
+            trajectory.teacher_support_logprobs_RK = (scored.support_logprobs_RK / self.temperature).to(self.dtype)
+
+    def _hand_round(self, trajectories: Sequence[Trajectory]) -> None:
+        """Broadcast the leader's payload to the other tensor-parallel ranks, response by response."""
+        device = default_device()
+        source = dist.get_process_group_ranks(self.groups.tensor)[0]
+        for t in trajectories:
+            R, K = len(t.response_ids), self.needs.top_k
+            fields: list[tuple[str, tuple[int, ...], torch.dtype]] = [("teacher_logprobs_R", (R,), self.dtype)]
+            if K:
+                fields.append(("teacher_support_RK", (R, K), torch.int32))
+                fields.append(("teacher_support_logprobs_RK", (R, K), self.dtype))
+            for name, shape, dtype in fields:
+                held: Tensor | None = getattr(t, name)
+                tensor = (torch.empty(shape, dtype=dtype) if held is None else held).to(device)
+                dist.broadcast(tensor, src=source, group=self.groups.tensor)
+                setattr(t, name, tensor.cpu())
+
+    async def _score(self, batch: Sequence[Trajectory]) -> list[Scored]:
+        return await self.pool.call(lambda server: self._ask(server, batch), f"scores of {batch[0].name} and others")
+
+    async def _ask(self, server: Server, batch: Sequence[Trajectory]) -> list[Scored]:
+        texts = [(t.prompt_ids, t.response_ids) for t in batch]
+        scored = await ask_scores(server, texts, top_k=self.needs.top_k, vocab_size=self.vocab_size)
+        if changed := {s.version for s in scored} - {self._version}:
+            raise ServingError(
+                f"teacher: {server.url} now serves weights {sorted(changed)}, at the start of the run they were "
+                f"{self._version!r}: a teacher's weights must not change (is it used as a rollout server?)"
+            )
+        return scored
+
+    async def _compare_tokenizers(self, tokenizer: Any) -> None:
+        for answer in (await self.pool.each(lambda server: check_tokenizer(server, tokenizer))).values():
+            if isinstance(answer, ServerError):
+                raise answer
+
+    # --- which weights are served ----------------------------------------------------------------------------------
+
+    async def _compare_servers(self) -> str | None:
+        """Take the fingerprint of the teacher; what is wrong with the servers, or None."""
+        found = await self.pool.each(self._fingerprint)
+        if problems := [f"  {url}: {answer}" for url, answer in found.items() if isinstance(answer, ServerError)]:
+            return "teacher: not every server can be asked:\n" + "\n".join(problems)
+        first, *others = [(url, answer) for url, answer in found.items() if isinstance(answer, Scored)]
+        self._fingerprint_T, self._version = first[1].logprobs_R, first[1].version
+        for url, answer in others:
+            if answer.version != self._version or self._distance(answer) > _FINGERPRINT_TOLERANCE:
+                return (
+                    f"teacher: {first[0]} and {url} do not serve the same weights: versions {self._version!r} and "
+                    f"{answer.version!r}, log-probs {self._distance(answer):.3g} nats apart on average"
+                )
+        return None
+
+    async def _is_the_same(self, server: Server) -> bool:
+        """Whether a server that came back serves the same teacher."""
+        scored = await self._fingerprint(server)
+        if scored.version != self._version or self._distance(scored) > _FINGERPRINT_TOLERANCE:
+            raise MalformedAnswer(f"{server.url} came back with other weights ({scored.version!r})")
+        return True
+
+    async def _fingerprint(self, server: Server) -> Scored:
+        texts = [(self._text[:1], self._text[1:])]
+        return (await ask_scores(server, texts, top_k=0, vocab_size=self.vocab_size))[0]
+
+    def _distance(self, scored: Scored) -> float:
+        return float((scored.logprobs_R - self._fingerprint_T).abs().mean())
+
+
+async def ask_scores(
+    server: Server, texts: Sequence[tuple[list[int], list[int]]], *, top_k: int, vocab_size: int
+) -> list[Scored]:
+    """Scores of the second parts of texts given the first, in one request.
+
+    Raises:
+        ServerError: see `Server.post`; MalformedAnswer where a length differs from what was sent.
+    """
+    body = {
+        "input_ids": [given + scored for given, scored in texts],
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": [len(given) - 1 for given, _ in texts],
+    }
+    if top_k:
+        body |= {
+            "top_logprobs_num": top_k,
+            "return_flat_raw_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
+    where = f"{server.url}/generate"
+    answers = await server.post("/generate", body)
+    if not isinstance(answers, list) or len(answers) != len(texts):
+        raise MalformedAnswer(f"{where}: expected a list of {len(texts)} answers")
+    return [
+        read_scored(answer, ids=scored, top_k=top_k, vocab_size=vocab_size, where=where)
+        for answer, (_, scored) in zip(answers, texts)
+    ]
+
+
+async def _item(answers: Future[list[Scored]], position: int) -> Scored:
+    return (await asyncio.wrap_future(answers))[position]
+
+
+def _batches(trajectories: Sequence[Trajectory], tokens: int) -> Iterator[list[Trajectory]]:
+    """Consecutive trajectories of at most so many tokens together; a longer one by itself."""
+    batch: list[Trajectory] = []
+    held = 0
+    for trajectory in trajectories:
+        length = len(trajectory.prompt_ids) + len(trajectory.response_ids)
+        if batch and held + length > tokens:
+            yield batch
+            batch, held = [], 0
+        batch.append(trajectory)
+        held += length
+    if batch:
+        yield batch
+
+
+def served_model(servers: Servers, api_key: str | None) -> Path:
+    """Model path that the first server names. Collective over the world.
+
+    Raises:
+        ServingError: it cannot be asked.
+    """
+
+    async def ask() -> Path:
+        async with Server(servers.urls[0], servers.timeout_s, api_key) as server:
+            return Path((await server.get("/model_info", timeout_s=30.0))["model_path"])
+
+    found: list[Path | str] = [""]
+    if dist.get_rank() == 0:
+        try:
+            found = [asyncio.run(ask())]
+        except ServerError as error:
+            found = [f"teacher: {error}; start it with `bpdg serve teacher CHECKPOINT`"]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ServingError(found[0])
+    return found[0]
+
+
+def _raise_everywhere(problem: str | None) -> None:
+    """Raise the first rank's problem on all ranks, so that none waits for the others. Collective over the world."""
+    if problems := _everyone(problem):
+        raise ServingError(problems[0])
+
+
+def _everyone(problem: str | None) -> list[str]:
+    """The problems of all ranks. Collective over the world."""
+    problems: list[str | None] = [problem] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return [found for found in problems if found]

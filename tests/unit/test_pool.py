@@ -1,0 +1,241 @@
+"""The server pool against small HTTP servers that fail on cue: what is retried, where, how often, and what is said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer, unused_port
+
+from megatron_bpdg.config.schema import Servers
+from megatron_bpdg.serving.client import MalformedAnswer, RequestRefused, Server
+from megatron_bpdg.serving.pool import ServerPool, ServingError, StaleWeights, State
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Site:
+    """An HTTP server whose answers to /work a test scripts; /health follows `healthy`."""
+
+    def __init__(self) -> None:
+        self.script: list[Handler] = []
+        self.asked = self.at_once = self.most_at_once = 0
+        self.healthy = True
+        app = web.Application()
+        app.router.add_post("/work", self._work)
+        app.router.add_get("/health", self._health)
+        self.server = TestServer(app)
+
+    async def _work(self, request: web.Request) -> web.StreamResponse:
+        self.asked += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            if self.script:
+                return await self.script.pop(0)(request)
+            await asyncio.sleep(0.01)
+            return web.json_response({"done": (await request.json())["n"]})
+        finally:
+            self.at_once -= 1
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    @property
+    def url(self) -> str:
+        return str(self.server.make_url("")).rstrip("/")
+
+
+def status(code: int, text: str = "broken inside") -> Handler:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=code, text=text)
+
+    return answer
+
+
+async def hang(request: web.Request) -> web.Response:
+    await asyncio.sleep(30)
+    return web.Response()
+
+
+async def hang_up(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    response.content_length = 1000
+    await response.prepare(request)
+    await response.write(b'{"half": ')
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
+def limits(*urls: str, **changes: Any) -> Servers:
+    patient = {"timeout_s": 0.5, "attempts": 3, "backoff_s": 0.02, "recovery_s": 1.0, "concurrency": 4}
+    return Servers(urls=list(urls), **{**patient, **changes})
+
+
+def work(number: int) -> Callable[[Server], Awaitable[int]]:
+    async def ask(server: Server) -> int:
+        answer = await server.post("/work", {"n": number})
+        if "done" not in answer:
+            raise MalformedAnswer(f"{server.url}: no `done`")
+        return int(answer["done"])
+
+    return ask
+
+
+def run(test: Callable[[Site, Site], Awaitable[None]]) -> None:
+    async def main() -> None:
+        sites = Site(), Site()
+        for site in sites:
+            await site.server.start_server()
+        try:
+            await test(*sites)
+        finally:
+            for site in sites:
+                await site.server.close()
+
+    asyncio.run(main())
+
+
+def test_requests_share_the_servers_within_the_bound_and_each_is_answered_once() -> None:
+    async def test(one: Site, two: Site) -> None:
+        pool = ServerPool(limits(one.url, two.url, concurrency=3), "rollout")
+        await pool.open()
+        assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(30))) == list(range(30))
+        assert one.asked + two.asked == 30
+        assert min(one.asked, two.asked) >= 10
+        assert (one.most_at_once, two.most_at_once) == (3, 3)
+        await pool.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("failure", [status(500), status(503), hang, hang_up], ids=["500", "503", "slow", "cut"])
+def test_a_failed_request_goes_to_the_other_server(failure: Handler) -> None:
+    async def test(one: Site, two: Site) -> None:
+        one.healthy = False
+        one.script = [failure] * 9
+        pool = ServerPool(limits(one.url, two.url), "rollout")
+        await pool.open()
+        assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(6))) == list(range(6))
+        assert (pool.in_state(State.DOWN), pool.in_state(State.SERVING)) == ([one.url], [two.url])
+        assert pool.retries == one.asked > 0
+        assert two.asked == 6
+        await pool.close()
+
+    run(test)
+
+
+def test_a_server_that_recovers_serves_again() -> None:
+    async def test(one: Site, two: Site) -> None:
+        one.script = [status(500)]
+        pool = ServerPool(limits(one.url), "rollout")
+        await pool.open()
+        assert await pool.call(work(7), "job") == 7
+        assert one.asked == 2
+        assert pool.in_state(State.SERVING) == [one.url]
+        await pool.close()
+
+    run(test)
+
+
+def test_a_restarted_server_waits_for_its_weights() -> None:
+    async def test(one: Site, two: Site) -> None:
+        async def admit(server: Server) -> bool:
+            return False
+
+        one.script = [status(500)]
+        pool = ServerPool(limits(one.url), "rollout", admit=admit)
+        await pool.open()
+        call = asyncio.create_task(pool.call(work(7), "job"))
+        while not pool.in_state(State.STALE):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert (one.asked, call.done()) == (1, False), "it served without its weights"
+        await pool.set_states({one.url: State.SERVING})
+        assert await call == 7
+        await pool.close()
+
+    run(test)
+
+
+def test_old_weights_cost_no_try_and_take_the_server_out() -> None:
+    async def test(one: Site, two: Site) -> None:
+        async def ask(server: Server) -> str:
+            if server.url == one.url:
+                raise StaleWeights("old")
+            return server.url
+
+        pool = ServerPool(limits(one.url, two.url, attempts=1), "rollout")
+        await pool.open()
+        assert [await pool.call(ask, f"job {n}") for n in range(4)] == [two.url] * 4
+        assert pool.in_state(State.STALE) == [one.url]
+        await pool.close()
+
+    run(test)
+
+
+def test_the_budget_ends_the_tries_and_the_error_tells_all_of_them() -> None:
+    async def test(one: Site, two: Site) -> None:
+        one.script = [status(500, "first"), status(502, "second"), status(500, "third"), status(500, "fourth")]
+        pool = ServerPool(limits(one.url), "rollout")
+        await pool.open()
+        with pytest.raises(ServingError, match=r"rollout: job 3 failed 3 times \(rollout.servers.attempts\)") as caught:
+            await pool.call(work(3), "job 3")
+        for part in ("status 500: first", "status 502: second", "status 500: third", one.url):
+            assert part in str(caught.value)
+        await pool.close()
+
+    run(test)
+
+
+def test_no_server_left_is_an_error_after_the_patience() -> None:
+    async def test(one: Site, two: Site) -> None:
+        gone = f"http://127.0.0.1:{unused_port()}"
+        pool = ServerPool(limits(gone, attempts=9, recovery_s=0.3), "teacher")
+        await pool.open()
+        with pytest.raises(
+            ServingError, match=r"teacher: no server for job within 0.3 s \(teacher.servers.recovery_s\)"
+        ) as e:
+            await pool.call(work(0), "job")
+        assert f"{gone}: down" in str(e.value)
+        await pool.close()
+
+    run(test)
+
+
+def test_a_wrong_request_is_not_sent_again() -> None:
+    async def test(one: Site, two: Site) -> None:
+        one.script = [status(400, "temperature must be positive")]
+        pool = ServerPool(limits(one.url), "rollout")
+        await pool.open()
+        with pytest.raises(RequestRefused, match="status 400: temperature must be positive"):
+            await pool.call(work(0), "job")
+        assert one.asked == 1
+        assert await pool.call(work(1), "job") == 1
+        await pool.close()
+
+    run(test)
+
+
+def test_a_server_that_keeps_answering_nonsense_is_taken_out() -> None:
+    async def test(one: Site, two: Site) -> None:
+        one.healthy = False
+        one.script = [status(200, "<html>"), status(200, "{}"), status(200, "[1")] * 5
+        pool = ServerPool(limits(one.url, two.url, attempts=9), "rollout")
+        await pool.open()
+        assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(20))) == list(range(20))
+        assert pool.in_state(State.DOWN) == [one.url]
+        await pool.close()
+
+    run(test)
+
+
+def test_urls_are_checked() -> None:
+    with pytest.raises(ValueError, match="url 'host:30000' should start with http://"):
+        Servers(urls=["host:30000"])
+    with pytest.raises(ValueError, match="has a URL twice"):
+        Servers(urls=["http://a:1", "http://a:1/"])
