@@ -6,7 +6,7 @@ RUN := runs/quickstart
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup quickstart test lint format
+.PHONY: setup sglang quickstart quickstart-sglang test lint format
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,12 @@ $(VENV)/.installed: requirements.txt pyproject.toml setup.py
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# A real SGLang server for CPU, in an environment of its own: its packages and the trainer's do not agree.
+sglang: .venv-sglang/.installed
+
+.venv-sglang/.installed: tools/install_sglang_cpu.sh $(shell find tools/sglang_cpu -type f)
+	PYTHON=$(PYTHON) tools/install_sglang_cpu.sh .venv-sglang
+
 quickstart: setup
 	rm -rf $(RUN)
 	$(BIN)/bpdg task arithmetic $(RUN)/task
@@ -27,7 +33,13 @@ quickstart: setup
 	$(BIN)/bpdg train examples/quickstart/opd_sampled_token.yaml
 	$(BIN)/bpdg report $(RUN)/opd --compare $(RUN)/opd_sampled_token
 
-test: setup
+# After `make quickstart`: its distillation again, with both models on SGLang servers.
+quickstart-sglang: setup sglang
+	rm -rf $(RUN)/opd_sglang
+	PATH="$(CURDIR)/$(BIN):$$PATH" BPDG_SGLANG_PYTHON=.venv-sglang/bin/python examples/quickstart/serve.sh
+	$(BIN)/bpdg report $(RUN)/opd_sglang --compare $(RUN)/opd
+
+test: setup sglang
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup

@@ -280,7 +280,7 @@ def doctor(
     """Say what this installation, and servers, can do and what is missing."""
     from megatron_bpdg.doctor import diagnose
 
-    if not diagnose(console, server or [], checkpoint, api_key_env):
+    if not diagnose(Console(), server or [], checkpoint, api_key_env):
         raise typer.Exit(1)
 
 

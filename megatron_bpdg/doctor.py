@@ -1,11 +1,16 @@
-"""`bpdg doctor`: what this installation can do."""
+"""`bpdg doctor`: what this installation can do, and whether servers are fit for it."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 from rich.console import Console
@@ -31,8 +36,30 @@ _OPTIONAL = {
 }
 
 
-def diagnose(console: Console) -> bool:
-    """Print a table; returns whether everything required is there."""
+def diagnose(console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None) -> bool:
+    """Print what is there.
+
+    Args:
+        servers: URLs of SGLang servers to ask as well.
+        checkpoint: the student's; the servers must have its tokenizer and its vocabulary.
+        api_key_env: environment variable with the servers' key.
+
+    Returns:
+        Whether everything required is there and every server is fit.
+
+    Raises:
+        ValueError: options that do not go together, or a variable that is not set.
+        FileNotFoundError: no such checkpoint.
+    """
+    if not servers and (checkpoint is not None or api_key_env is not None):
+        raise ValueError("--checkpoint and --api-key-env are about servers: name one with --server")
+    healthy = _diagnose_installation(console)
+    if servers:
+        healthy &= _diagnose_servers(console, servers, checkpoint, api_key_env)
+    return healthy
+
+
+def _diagnose_installation(console: Console) -> bool:
     import torch
 
     healthy = True
@@ -55,6 +82,69 @@ def diagnose(console: Console) -> bool:
     table.add_row("a tiny Qwen3 on Megatron-Core", f"[red]{escape(problem)}[/]" if problem else "runs", "training")
     console.print(table)
     return healthy
+
+
+def _diagnose_servers(
+    console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None
+) -> bool:
+    from megatron_bpdg.checkpoint.hf import read_hf_config
+    from megatron_bpdg.serving.client import api_key
+
+    key = api_key(api_key_env, "--api-key-env")
+    tokenizer, vocab_size = None, None
+    if checkpoint is not None:
+        from transformers import AutoTokenizer
+
+        folder = checkpoint / "hf" if (checkpoint / "hf").is_dir() else checkpoint
+        vocab_size = read_hf_config(folder)["vocab_size"]
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    healthy = True
+    for url in servers:
+        rows, problems = asyncio.run(_ask(url, key, tokenizer, vocab_size))
+        table = Table("", "found", title=url, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, escape(value))
+        for problem in problems:
+            table.add_row("[red]problem[/]", f"[red]{escape(problem)}[/]")
+        console.print(table)
+        healthy &= not problems
+    return healthy
+
+
+async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None) -> tuple[dict[str, str], list[str]]:
+    """What a server says of itself, and what is wrong with it."""
+    from megatron_bpdg.serving.client import Server, ServerError
+    from megatron_bpdg.serving.facts import server_facts
+    from megatron_bpdg.serving.tokenizer_check import check_tokenizer
+
+    rows: dict[str, str] = {}
+    problems = []
+    async with Server(url, timeout_s=30.0, api_key=key) as server:
+        try:
+            facts = await server_facts(server)
+            rows = {
+                "SGLang": facts.sglang,
+                "model": facts.model,
+                "dtype": facts.dtype,
+                "context": f"{facts.context_length} tokens",
+                "weights": facts.weight_version,
+            }
+            config = Path(facts.model) / "config.json"
+            if config.is_file():
+                served = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
+                rows["vocabulary"] = str(served)
+                if vocab_size is not None and served != vocab_size:
+                    problems.append(f"its vocabulary has {served} ids, the checkpoint's {vocab_size}")
+            else:
+                rows["vocabulary"] = "unknown: its model cannot be read from here"
+            if tokenizer is not None:
+                await check_tokenizer(server, tokenizer)
+                rows["tokenizer"] = "the checkpoint's"
+            if not await server.healthy():
+                problems.append("it answers, but is not healthy: see its log")
+        except (ServerError, ValueError) as error:
+            problems.append(str(error))
+    return rows, problems
 
 
 def _version(name: str, module: str) -> str | None:

@@ -66,6 +66,7 @@ class SGLangEngine:
         name = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(name, src=0)
         self.run = f"bpdg-{name[0]}"
+        self._api_key = api_key
         self._weights: Weights | None = None
         self._probe: Probe | None = None
         self._background = Background("bpdg-rollout") if self._talks else None
@@ -101,7 +102,9 @@ class SGLangEngine:
         if dist.get_rank() == 0:
             assert self._background is not None
             took = [url for url in urls if url not in failed]
-            outcome = [self._background.run(_check_probe(took, self._probe, self.vocab_size)) if self._probe else None]
+            if self._probe is not None:
+                check = _check_probe(took, self._probe, self.vocab_size, self._api_key)
+                outcome = [self._background.run(check)]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] is not None:
             raise WeightSyncError(outcome[0])
@@ -325,11 +328,11 @@ async def _abort_jobs(jobs: Sequence[_Job]) -> None:
     await asyncio.gather(*(_abort(*job.asked) for job in jobs if job.asked is not None))
 
 
-async def _check_probe(urls: Sequence[str], probe: Probe, vocab_size: int) -> str | None:
+async def _check_probe(urls: Sequence[str], probe: Probe, vocab_size: int, api_key: str | None) -> str | None:
     """What is wrong with the weights of the servers, or None."""
     problems = []
     for url in urls:
-        async with Server(url, timeout_s=60.0) as server:
+        async with Server(url, 60.0, api_key) as server:
             try:
                 difference = (await given_logprobs(server, probe.ids, vocab_size) - probe.logprobs_T).abs()
             except ServerUnavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import aiohttp
@@ -101,3 +102,20 @@ class Server:
             return json.loads(content)
         except ValueError as error:
             raise MalformedAnswer(f"{where}: the answer is not JSON ({error}): {text[:200]!r}") from error
+
+
+def api_key(variable: str | None, where: str) -> str | None:
+    """The key in an environment variable; None where no variable is named.
+
+    Args:
+        where: the field or option that names it.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ValueError(f"{where}: the environment has no {variable}")
+    return key

@@ -70,7 +70,7 @@ def serve(
         try:
             _run(command, log or Path(f"serve-{role}-{port}.log"), deadline_s, console)
         except KeyboardInterrupt as interrupt:
-            console.print(f"stopped by {interrupt or signal.SIGINT.name}")
+            console.print(f"stopped by {str(interrupt) or signal.SIGINT.name}")
 
 
 def _run(command: ServerCommand, log: Path, deadline_s: float, console: Console) -> None:

@@ -235,7 +235,7 @@ def _read_config(model: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         _text_config(config)["vocab_size"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is no model's config: {type(error).__name__}: {error}") from error
     return dict(config)
 

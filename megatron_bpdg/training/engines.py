@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
-from megatron_bpdg.config.schema import RunConfig, Servers
+from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.schema import Teacher as TeacherConfig
 from megatron_bpdg.data.prompts import special_ids
 from megatron_bpdg.models.policy import MegatronPolicy
@@ -21,6 +22,8 @@ from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.serving.client import api_key
+from megatron_bpdg.serving.ready import wait_until_ready
 from megatron_bpdg.serving.weights import build_weight_sync
 from megatron_bpdg.teacher.megatron import MegatronTeacher
 from megatron_bpdg.teacher.scoring import score
@@ -30,6 +33,18 @@ from megatron_bpdg.teacher.teacher import Teacher
 # The text by which a sampler's copy of the weights is checked, and how far right answers to it may be apart (nats).
 PROBE_TOKENS = 64
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def wait_for_servers(cfg: RunConfig) -> None:
+    """Give servers that the config names and that are still starting their `recovery_s`. Collective."""
+    roles = {"rollout": cfg.rollout.servers, "teacher": cfg.teacher.servers if cfg.teacher else None}
+    for role, servers in roles.items():
+        if servers is None:
+            continue
+        key = api_key(servers.api_key_env, f"{role}.servers.api_key_env")
+        if dist.get_rank() == 0:
+            asyncio.run(wait_until_ready(servers, role, key, Console(stderr=True)))
+    dist.barrier()
 
 
 def teacher_source(cfg: TeacherConfig) -> Path:
@@ -42,7 +57,7 @@ def teacher_source(cfg: TeacherConfig) -> Path:
         assert cfg.checkpoint is not None
         return cfg.checkpoint
     assert cfg.servers is not None
-    served = served_model(cfg.servers, api_key(cfg.servers, "teacher"))
+    served = served_model(cfg.servers, api_key(cfg.servers.api_key_env, "teacher.servers.api_key_env"))
     readable = (served / "config.json").is_file()
     if cfg.checkpoint is None:
         if not readable:
@@ -80,15 +95,16 @@ def build_teacher(
     if cfg.teacher.engine == "megatron":
         model = build_model(shape, cfg.layout, DTYPES[cfg.teacher.dtype])
         load_weights([model], source)
-        policy = MegatronPolicy(model, shape, cfg.layout)
+        policy = MegatronPolicy(model, shape, cfg.layout, packed=student.packed)
         return MegatronTeacher(policy, needs, temperature, offload=cfg.teacher.offload)
+    assert cfg.teacher.servers is not None
     teacher = SGLangTeacher(
         cfg.teacher,
         needs,
         temperature,
         vocab_size=shape.vocab_size,
         groups=student.groups,
-        api_key=api_key(cfg.teacher.servers, "teacher"),
+        api_key=api_key(cfg.teacher.servers.api_key_env, "teacher.servers.api_key_env"),
     )
     teacher.check_tokenizer(tokenizer)
     return teacher
@@ -102,31 +118,17 @@ def build_engine(cfg: RunConfig, folder: Path, student: MegatronPolicy, tokenize
         return EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=cfg.rollout.batch_size, dtype=dtype)
     assert cfg.rollout.servers is not None
     groups = student.groups
-    key = api_key(cfg.rollout.servers, "rollout")
+    key = api_key(cfg.rollout.servers.api_key_env, "rollout.servers.api_key_env")
     return SGLangEngine(
         cfg.rollout.servers,
         build_weight_sync(cfg.rollout.weight_sync, cfg.output, key),
         sync_urls=cfg.rollout.weight_sync.urls,
         replica=groups.data_rank,
         replicas=groups.data_size,
-        leader=groups.is_last_stage and groups.tensor.rank() == 0,
+        leader=groups.leads,
         vocab_size=student.shape.vocab_size,
         api_key=key,
     )
-
-
-def api_key(servers: Servers | None, role: str) -> str | None:
-    """The key in the environment variable that the config names.
-
-    Raises:
-        ValueError: the variable is not set.
-    """
-    if servers is None or servers.api_key_env is None:
-        return None
-    key = os.environ.get(servers.api_key_env)
-    if not key:
-        raise ValueError(f"{role}.servers.api_key_env: the environment has no {servers.api_key_env}")
-    return key
 
 
 def make_probe(student: MegatronPolicy, tolerance: float) -> Probe:

@@ -42,7 +42,14 @@ from megatron_bpdg.objectives.objective import build_objective
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.teacher import Teacher
-from megatron_bpdg.training.engines import PROBE_TOLERANCE, build_engine, build_teacher, make_probe, teacher_source
+from megatron_bpdg.training.engines import (
+    PROBE_TOLERANCE,
+    build_engine,
+    build_teacher,
+    make_probe,
+    teacher_source,
+    wait_for_servers,
+)
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
 from megatron_bpdg.training.step import NonFiniteError, Updater
 
@@ -144,6 +151,7 @@ def build_run(cfg: RunConfig) -> Run:
     assert cfg.teacher is not None
     if cfg.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError("logging.wandb is set but the package is missing: pip install 'megatron-bpdg[wandb]'")
+    wait_for_servers(cfg)
     updates = cfg.training.steps * cfg.training.epochs * cfg.training.minibatches
     run = _build_student(cfg, updates)
     with ExitStack() as on_failure:
@@ -211,7 +219,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
     load_weights([model], source)
     module = wrap(model, cfg.layout)
     optimizer, scheduler = build_optimizer(module, cfg.layout, cfg.training, dtype, total_updates)
-    student = MegatronPolicy(module, shape, cfg.layout)
+    student = MegatronPolicy(module, shape, cfg.layout, packed=cfg.training.micro_batch_tokens is not None)
     gate_config = cfg.gate or GateConfig(tau=0.0)
     return Run(
         cfg=cfg,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
+from rich.console import Console
 
 from megatron_bpdg.config.schema import Servers
 from megatron_bpdg.serving.client import MalformedAnswer, RequestRefused, Server
 from megatron_bpdg.serving.pool import ServerPool, ServingError, StaleWeights, State
+from megatron_bpdg.serving.ready import wait_until_ready
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -230,6 +233,25 @@ def test_a_server_that_keeps_answering_nonsense_is_taken_out() -> None:
         assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(20))) == list(range(20))
         assert pool.in_state(State.DOWN) == [one.url]
         await pool.close()
+
+    run(test)
+
+
+def test_servers_that_still_start_are_waited_for() -> None:
+    async def test(one: Site, two: Site) -> None:
+        two.healthy = False
+        said = Console(file=io.StringIO(), width=200)
+        waiting = asyncio.create_task(
+            wait_until_ready(limits(one.url, two.url, recovery_s=60.0), "teacher", None, said)
+        )
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        two.healthy = True
+        await asyncio.wait_for(waiting, 5)
+        printed = said.file.getvalue()  # type: ignore[attr-defined]
+        assert printed == f"waiting for teacher server {two.url}: 0 of 60 s (teacher.servers.recovery_s)\n"
+        one.healthy = False
+        await asyncio.wait_for(wait_until_ready(limits(one.url), "rollout", None, said), 10)
 
     run(test)
 

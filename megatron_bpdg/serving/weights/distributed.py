@@ -172,6 +172,7 @@ class DistributedSync:
                 "weight_version": version,
             },
         )
+        problem: str | None = None
         try:
             pending = [dist.broadcast(t, src=0, group=self._group, async_op=True) for _, t in bucket]
             for work in pending:
@@ -183,12 +184,12 @@ class DistributedSync:
             pending.clear()
             del work
             self._abandon()
-        else:
-            problem = ""
         received()
-        for url in update.urls if problem else []:
+        if problem is None:
+            return not self._lost(update)
+        for url in update.urls:
             update.failed[url] = f"broadcast to {url}: {problem}"
-        return not problem and not self._lost(update)
+        return False
 
     def _leave(self, update: Update) -> None:
         if self._group is None:
