@@ -75,7 +75,7 @@ class TrainingProgress:
         """Show what a step is at, beside the live bar; without a TTY, a line at the same pace as steps."""
         if self._live:
             self._progress.update(self._task, status=text)
-        elif self.enabled and time.monotonic() - self._last_line >= self.line_interval_s:
+        elif self.enabled and time.monotonic() - max(self._started, self._last_line) >= self.line_interval_s:
             self._last_line = time.monotonic()
             self.console.print(Text(f"{self.description}: {text}"), soft_wrap=True)
 

@@ -313,6 +313,7 @@ class SGLangStream:
             except (ServerError, ServingError) as error:
                 meeting.error = str(error)
         meeting.without_weights = self.engine.pool.in_state(State.STALE)
+        meeting.retries = self.engine.pool.retries
         return meeting
 
 

@@ -73,12 +73,20 @@ class Server:
             return False
         return True
 
-    async def weight_version(self) -> str:
-        """The version that it names its weights by."""
-        info = await self.get("/model_info", timeout_s=30.0)
+    async def model_info(self) -> dict[str, Any]:
+        """What it says about its model: `model_path`, `weight_version` and more."""
+        try:
+            info = await self.get("/model_info", timeout_s=30.0)
+        except RequestRefused:
+            # sglang-router (seen with 0.3.2) passes it on under its old name only.
+            info = await self.get("/get_model_info", timeout_s=30.0)
         if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
             raise MalformedAnswer(f"{self.url}/model_info has no weight_version: SGLang 0.5.23 or newer is needed")
-        return str(info["weight_version"])
+        return info
+
+    async def weight_version(self) -> str:
+        """The version that it names its weights by."""
+        return str((await self.model_info())["weight_version"])
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
         assert self._session is not None, "Server used outside its context"

@@ -32,15 +32,14 @@ async def server_facts(server: Server) -> ServerFacts:
     Raises:
         ServerError: it cannot be asked, or is no SGLang server as of 0.5.23.
     """
-    version = await server.weight_version()
     info = await server.get("/server_info", timeout_s=30.0)
     models = await server.get("/v1/models", timeout_s=30.0)
-    model = await server.get("/model_info", timeout_s=30.0)
+    model = await server.model_info()
     try:
         return ServerFacts(
             sglang=str(info["version"]),
             model=str(model["model_path"]),
-            weight_version=version,
+            weight_version=model["weight_version"],
             dtype=str(info["dtype"]),
             context_length=int(models["data"][0]["max_model_len"]),
         )

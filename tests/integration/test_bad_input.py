@@ -20,8 +20,10 @@ from megatron_bpdg.models.qwen3 import Qwen3Shape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
-from megatron_bpdg.training.loop import distill, prepare, sample_rollouts, set_old_logprobs, split
-from megatron_bpdg.training.setup import build_run
+from megatron_bpdg.rollout.groups import GroupSampler
+from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.training.loop import distill, in_batch_order, prepare, set_old_logprobs, split
+from megatron_bpdg.training.setup import Run, build_run
 from megatron_bpdg.training.step import NonFiniteError
 from tests.integration.miniature import (
     POSITIONS,
@@ -199,7 +201,7 @@ def test_an_output_that_is_in_use(
 def test_world_size_and_layout(
     config: Path, refused: Refuse, miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"3 x 1 x 2 = 6 processes, but 1 run; start with `torchrun"):
+    with pytest.raises(ValueError, match=r"3 x 1 x 1 x 2 = 6 processes, but 1 run; start with `torchrun"):
         distill(miniature.config(tmp_path / "run", {"layout": {"tensor_parallel": 3, "data_parallel": 2}}))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
@@ -291,16 +293,22 @@ def test_a_student_with_nan_weights(config: Path, refused: Refuse, miniature: Mi
     assert "This update was not applied. Lower training.lr, use float32" in message
 
 
+def rollouts(run: Run, groups: int) -> list[Trajectory]:
+    """Responses of the first prompts of step 1, ready for an update."""
+    sampled = list(GroupSampler(run.cfg.rollout, run.prompts.ids, run.cfg.seed).step(run.engine, 1))
+    return in_batch_order([trajectory for group in sampled[:groups] for trajectory in prepare(group, run)], run.cfg)
+
+
 def test_a_gradient_that_is_not_finite_is_never_applied(miniature: Miniature, tmp_path: Path) -> None:
     """A finite loss can have a NaN gradient; Megatron-Core's optimizer would step on it."""
     cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1}})
     with world(cfg.layout, cfg.seed):
         run = build_run(cfg)
         run.sync_weights(version=0)
-        trajectories, _ = prepare(sample_rollouts(run.engine, run.prompts, [0], cfg, 1), run)
+        trajectories = rollouts(run, groups=1)
         (update,) = split(trajectories, cfg, run.student, 1, 0)
         run.teacher.score(update)
-        set_old_logprobs([update], run.student, cfg)
+        set_old_logprobs([update], run.student, cfg, version=0)
         before = [parameter.detach().clone() for parameter in run.module.parameters()]
         spoil = next(run.module.parameters()).register_hook(lambda grad: grad * torch.nan)
         with pytest.raises(NonFiniteError, match=r"NaN or infinite: \d+ gradient entries"):
@@ -315,10 +323,10 @@ def test_an_update_that_fails_leaves_every_weight_as_it_was(miniature: Miniature
     with world(cfg.layout, cfg.seed):
         run = build_run(cfg)
         run.sync_weights(version=0)
-        trajectories, _ = prepare(sample_rollouts(run.engine, run.prompts, [0, 1], cfg, 1), run)
+        trajectories = rollouts(run, groups=2)
         (update,) = split(trajectories, cfg, run.student, 1, 0)
         run.teacher.score(update)
-        set_old_logprobs([update], run.student, cfg)
+        set_old_logprobs([update], run.student, cfg, version=0)
         before = [parameter.detach().clone() for parameter in run.module.parameters()]
         old_logprobs_R = trajectories[1].old_logprobs_R
         assert old_logprobs_R is not None

@@ -27,7 +27,7 @@ from megatron_bpdg.training.engines import make_probe
 
 def patience(*urls: str, **changes: Any) -> Servers:
     """Servers with the patience of a test."""
-    quick: dict[str, Any] = {"timeout_s": 60.0, "attempts": 4, "backoff_s": 0.1, "recovery_s": 120.0, "concurrency": 16}
+    quick: dict[str, Any] = {"timeout_s": 60.0, "attempts": 4, "backoff_s": 0.1, "recovery_s": 300.0, "concurrency": 16}
     return Servers(urls=list(urls), **{**quick, **changes})
 
 
@@ -47,7 +47,7 @@ class Trainer:
             sync_urls=None,
             replica=groups.data_rank,
             replicas=groups.data_size,
-            leader=groups.is_last_stage and groups.tensor.rank() == 0,
+            leader=groups.leads,
             vocab_size=self.policy.shape.vocab_size,
         )
 
