@@ -1,8 +1,9 @@
 """Speed and peak memory of `bpdg convert` on a random checkpoint of a published Qwen3 shape, both ways.
 
     python benchmarks/convert.py 1.7B /scratch/bench --verify
+    python benchmarks/convert.py --ranks 2 0.6B /scratch/bench
 
-Needs twice the checkpoint's size of disk; deletes what it wrote.
+Needs twice the checkpoint's size of disk; deletes what it wrote. The peak is that of the largest process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -48,10 +51,13 @@ def write_random(path: Path, shape: str) -> int:
     return sum(tensor.num_bytes for tensor in plan)
 
 
-def measured(source: Path, target: Path, options: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident GB of one conversion in a process of its own."""
+def measured(source: Path, target: Path, options: list[str], ranks: int) -> tuple[float, float]:
+    """Seconds and peak resident GB of one conversion in a process of its own, or under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     started = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-m", "megatron_bpdg.cli", "convert", source, target, *options])
+    child = subprocess.Popen(
+        [sys.executable, *torchrun, "-m", "megatron_bpdg.cli", "convert", source, target, *options]
+    )
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"the conversion of {source} failed")
@@ -62,14 +68,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path, help="new scratch directory")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of torchrun")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="passed on to `bpdg convert`")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     try:
-        size = write_random(args.folder / "hf", args.shape) / 1e9
+        # In another process: a child's peak begins at that of the process that starts it.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            size = pool.submit(write_random, args.folder / "hf", args.shape).result() / 1e9
         steps = [("HF to Megatron", "hf", "megatron"), ("Megatron to HF", "megatron", "back")]
         for title, source, target in steps:
-            seconds, peak = measured(args.folder / source, args.folder / target, args.options)
+            seconds, peak = measured(args.folder / source, args.folder / target, args.options, args.ranks)
             print(
                 f"{args.shape} {title}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s, peak {peak:.2f} GB"
             )

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_bpdg.checkpoint.bar import progress_bar
 from megatron_bpdg.checkpoint.cast import Cast
+from megatron_bpdg.checkpoint.directory import RELEASE, Source
 from megatron_bpdg.checkpoint.files import check_disk_space, copy_sidecars
 from megatron_bpdg.checkpoint.hf_writer import (
     TensorPlan,
@@ -27,7 +28,6 @@ from megatron_bpdg.checkpoint.partial import partial_directory, partial_path
 from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.source import SourceModel, open_source
-from megatron_bpdg.checkpoint.torch_dist import RELEASE, Source
 from megatron_bpdg.checkpoint.torch_dist_writer import (
     MAX_FILE_SIZE,
     plan_dist_files,
@@ -103,7 +103,7 @@ def hf_to_megatron(
         FileExistsError: `dst` exists and may not be replaced, or another unfinished conversion is in the way.
         MappingError: the tensors are not those the config asks for; lists all of them.
         OSError: not enough disk space.
-        ValueError: a model or feature that is not supported.
+        ValueError: a model or feature that is not supported; `dst` holds the source.
     """
     options = _with(options, overwrite)
     cast = Cast(options.dtype)
@@ -234,6 +234,9 @@ def _convert(
     console: Console | None,
     ranks: Ranks,
 ) -> Path:
+    for file in (*model.files, model.hf_folder / "config.json"):
+        if dst.resolve() in file.resolve().parents:
+            raise ValueError(f"{dst} holds {file}, which the conversion reads: choose another destination")
     plan = {
         "format": 1,
         "target": title,

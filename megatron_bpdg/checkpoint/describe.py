@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megatron_bpdg.checkpoint.config import read_hf_config
+from megatron_bpdg.checkpoint.config import hf_config_of
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import mapping_for
@@ -129,13 +129,10 @@ def _data(files: Iterable[Path], sizes: Iterable[tuple[torch.dtype, int]]) -> di
 
 
 def _with_config(checkpoint: TorchDistCheckpoint | LegacyCheckpoint, folder: Path | None) -> dict[str, Any]:
-    if folder is None:
-        return {
-            "parameters": None,
-            "model": None,
-            "complete": f"{checkpoint.root} has no hf/config.json to compare with",
-        }
-    config = read_hf_config(folder)
+    try:
+        config = hf_config_of(folder, checkpoint.root)
+    except FileNotFoundError as error:
+        return {"parameters": None, "model": None, "complete": str(error)}
     mapping = mapping_for(config)
     return {
         "parameters": mapping.num_parameters,

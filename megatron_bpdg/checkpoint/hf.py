@@ -156,26 +156,27 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         if not 2 <= length <= min(_MAX_HEADER, size):
             raise ValueError(f"{file} is not a safetensors file (or is truncated)")
         try:
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
-    if quantised := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
-        names = ", ".join(name for name, entry in header.items() if entry["dtype"] in quantised)
+            header: dict[str, Any] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = {
+                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                for name, entry in header.items()
+            }
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{file} is not a safetensors file: its header does not describe tensors") from error
+    if quantised := sorted({dtype for dtype, *_ in entries.values()} - DTYPES.keys()):
+        names = ", ".join(name for name, (dtype, *_) in entries.items() if dtype in quantised)
         raise ValueError(
             f"{file}: unsupported dtype {', '.join(quantised)} of {names}; supported: {', '.join(DTYPES)} (quantised "
             "releases have a bf16 original)"
         )
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    end = 8 + length + max((stop for *_, stop in entries.values()), default=0)
     if size < end:
         raise ValueError(f"{file} is truncated: {size} bytes, its header asks for {end}")
     tensors = {}
-    for name, entry in header.items():
-        begin, stop = entry["data_offsets"]
-        stored = StoredTensor(file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        if stored.num_bytes != stop - begin:
-            raise ValueError(
-                f"{file}: {name} {stored.shape} {entry['dtype']} has {stop - begin} bytes, not {stored.num_bytes}"
-            )
+    for name, (dtype, shape, begin, stop) in entries.items():
+        stored = StoredTensor(file, 8 + length + begin, shape, DTYPES[dtype])
+        if begin < 0 or stored.num_bytes != stop - begin:
+            raise ValueError(f"{file}: {name} {shape} {dtype} has {stop - begin} bytes, not {stored.num_bytes}")
         tensors[name] = stored
     return tensors

@@ -13,12 +13,12 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_bpdg.checkpoint.directory import read_source
 from megatron_bpdg.checkpoint.files import write_text
 from megatron_bpdg.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError, ModelMapping
 from megatron_bpdg.checkpoint.patterns import Shape, Weight
 from megatron_bpdg.checkpoint.raw import as_bytes
-from megatron_bpdg.checkpoint.torch_dist import read_source
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

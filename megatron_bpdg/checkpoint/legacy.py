@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bpdg.checkpoint.directory import StepDirectory, step_directory
 from megatron_bpdg.checkpoint.hf import same_bytes
 from megatron_bpdg.checkpoint.mapping import (
     EMBEDDING,
@@ -35,7 +36,6 @@ from megatron_bpdg.checkpoint.mapping import (
 )
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.raw import StoredTensor, load_structure, stored
-from megatron_bpdg.checkpoint.torch_dist import HF_FOLDER, step_directory
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -75,12 +75,10 @@ class _Shard:
         return tensor.transpose(-1, -2).contiguous() if self.transposed else tensor
 
 
-class LegacyCheckpoint:
+class LegacyCheckpoint(StepDirectory):
     """The weights of an mp_rank checkpoint, whole tensors over all its ranks. Optimizer state is ignored.
 
     Attributes:
-        root: DIR of the module docstring.
-        directory: the step's directory.
         sizes: model-parallel sizes: tensor, pipeline, expert, expert_tensor.
 
     Raises:
@@ -89,7 +87,7 @@ class LegacyCheckpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.root, self.directory = step_directory(Path(path))
+        super().__init__(path)
         self._states = {name: _load(self._file(name)) for name in self._names()}
         first = next(iter(self._states.values()))
         self.arguments = vars(first["args"]) if isinstance(first.get("args"), Namespace) else {}
@@ -223,18 +221,6 @@ class LegacyCheckpoint:
         for e in range(count):
             key = f"{prefix}mlp.experts.experts.{count * position.expert + e}.linear_fc{number}.weight"
             yield key, _Shard(experts.select(e), transposed=True)
-
-    @property
-    def hf_folder(self) -> Path | None:
-        """DIR/hf, where it exists."""
-        folder = self.root / HF_FOLDER
-        return folder if (folder / "config.json").is_file() else None
-
-    @property
-    def iteration(self) -> int | None:
-        """Number of the step; None for a release."""
-        digits = self.directory.name.removeprefix("iter_")
-        return int(digits) if digits.isdecimal() else None
 
     @property
     def files(self) -> list[Path]:

@@ -21,17 +21,13 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.config import hf_config_of, read_hf_config
+from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source
 from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory, write_text
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.hf_writer import HFWriter, emits_lm_head, hf_parts, hf_plan, set_config_dtype
 from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
-from megatron_bpdg.checkpoint.torch_dist import (
-    TRACKER_FILE,
-    Source,
-    TorchDistCheckpoint,
-    is_torch_dist,
-)
+from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args, write_hf_folder
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -16,7 +16,6 @@ it into a padded model, at any tensor-parallel size, as it allows a shape mismat
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import pickle
 import re
@@ -29,15 +28,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory
 from megatron_bpdg.checkpoint.mapping import ModelMapping
 from megatron_bpdg.checkpoint.patterns import Shape, Weight
 from megatron_bpdg.checkpoint.raw import load_structure, stored
-
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-METADATA_FILE = ".metadata"
-RELEASE = "release"
-HF_FOLDER = "hf"
-SOURCE_FILE = "bpdg_source.json"
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = "decoder.layers."
@@ -46,22 +40,6 @@ _EXPERTS = ".mlp.experts.experts."
 # Training checkpoints carry this besides the weights.
 _OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _NOT_WEIGHTS = re.compile(rf"{_OPTIMIZER.pattern}|\._extra_state$")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the weights alone do not tell about the HF checkpoint they came from.
-
-    Attributes:
-        has_lm_head: whether `lm_head.weight` was stored (some tied releases carry it).
-        vocab_size: true vocabulary rows.
-        dtype: torch dtype of the weights, without "torch.".
-    """
-
-    has_lm_head: bool
-    vocab_size: int
-    dtype: str
-    format: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,12 +154,10 @@ class _Stored:
         return full
 
 
-class TorchDistCheckpoint:
+class TorchDistCheckpoint(StepDirectory):
     """The weights of a torch_dist checkpoint, readable tensor by tensor. Optimizer state is ignored.
 
     Attributes:
-        root: DIR of the module docstring (the parent, where a step's own directory was given).
-        directory: the step's directory, as the tracker says.
         shapes: canonical key (global layer index) -> full shape.
         dtypes: canonical key -> dtype.
 
@@ -191,15 +167,11 @@ class TorchDistCheckpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.root, self.directory = _resolve(Path(path))
+        super().__init__(path)
+        if not (self.directory / METADATA_FILE).is_file():
+            raise FileNotFoundError(f"{self.root}: the step is {self.directory}, which has no {METADATA_FILE}")
         self._metadata = _read_metadata(self.directory / METADATA_FILE)
         self._stored = self._index()
-
-    @property
-    def iteration(self) -> int | None:
-        """Number of the step; None for a release."""
-        digits = self.directory.name.removeprefix("iter_")
-        return int(digits) if digits.isdecimal() else None
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -208,12 +180,6 @@ class TorchDistCheckpoint:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         return {key: stored.dtype for key, stored in self._stored.items()}
-
-    @property
-    def hf_folder(self) -> Path | None:
-        """DIR/hf, where it exists."""
-        folder = self.root / HF_FOLDER
-        return folder if (folder / "config.json").is_file() else None
 
     @property
     def stacked(self) -> bool:
@@ -323,7 +289,15 @@ def _read_metadata(file: Path) -> Metadata:
     with file.open("rb") as stream:
         try:
             metadata = _MetadataUnpickler(stream).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(f"{file} is not checkpoint metadata: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"{file} is not checkpoint metadata: it holds {type(metadata).__name__}")
@@ -333,52 +307,3 @@ def _read_metadata(file: Path) -> Metadata:
 def is_torch_dist(path: Path) -> bool:
     """Whether `path` is DIR of the module docstring or one step's directory (a broken one included)."""
     return (path / TRACKER_FILE).is_file() or (path / METADATA_FILE).is_file()
-
-
-def step_directory(path: Path) -> tuple[Path, Path]:
-    """(DIR, the step's directory) of a Megatron checkpoint in any format, from DIR with its tracker or from the step's.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: a tracker that holds something else.
-    """
-    tracker = path / TRACKER_FILE
-    if not tracker.is_file():
-        if path.is_dir() and (path.name == RELEASE or path.name.startswith("iter_")):
-            return path.parent, path
-        raise FileNotFoundError(
-            f"{path} is no Megatron checkpoint: it has neither {TRACKER_FILE} nor the name of a step"
-        )
-    step = tracker.read_text(encoding="utf-8").strip()
-    if step != RELEASE and not step.isdecimal():
-        raise ValueError(f"{tracker} holds {step!r}; expected 'release' or an iteration number")
-    directory = path / (RELEASE if step == RELEASE else f"iter_{int(step):07d}")
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{tracker} points at {directory}, which does not exist")
-    return path, directory
-
-
-def _resolve(path: Path) -> tuple[Path, Path]:
-    """(DIR, the step's directory)."""
-    if (path / METADATA_FILE).is_file():
-        return path.parent, path
-    if not (path / TRACKER_FILE).is_file():
-        raise FileNotFoundError(
-            f"{path} is no torch_dist checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}"
-        )
-    root, directory = step_directory(path)
-    if not (directory / METADATA_FILE).is_file():
-        tracker = path / TRACKER_FILE
-        raise FileNotFoundError(f"{tracker} points at {directory}, which has no {METADATA_FILE}: not a torch_dist save")
-    return root, directory
-
-
-def read_source(hf_folder: Path) -> Source | None:
-    """`Source` kept in an hf folder, or None where there is none (a checkpoint of another program)."""
-    file = hf_folder / SOURCE_FILE
-    if not file.is_file():
-        return None
-    try:
-        return Source(**json.loads(file.read_text(encoding="utf-8")))
-    except TypeError as error:
-        raise ValueError(f"{file} was not written by this program: {error}") from error

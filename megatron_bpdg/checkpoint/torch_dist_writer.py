@@ -27,18 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_bpdg.checkpoint.directory import HF_FOLDER, METADATA_FILE, RELEASE, SOURCE_FILE, TRACKER_FILE, Source
 from megatron_bpdg.checkpoint.files import copy_sidecars, fsync_path, write_text
 from megatron_bpdg.checkpoint.mapping import FAMILIES, MappingError, ModelMapping, moe_layers
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
-from megatron_bpdg.checkpoint.torch_dist import (
-    HF_FOLDER,
-    METADATA_FILE,
-    RELEASE,
-    SOURCE_FILE,
-    TRACKER_FILE,
-    Source,
-    stacked_key,
-)
+from megatron_bpdg.checkpoint.torch_dist import stacked_key
 
 MAX_FILE_SIZE = 2 * 10**9
 # Modules to which Megatron-Core may attach an (empty, outside FP8) extra state that its strict loaders ask for.

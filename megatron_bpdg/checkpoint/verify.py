@@ -10,12 +10,6 @@ from torch import Tensor
 
 from megatron_bpdg.checkpoint.cast import Cast
 from megatron_bpdg.checkpoint.hf import HFCheckpoint, same_bytes
-
-# Imported from here by the live side.
-from megatron_bpdg.checkpoint.hf_writer import emits_lm_head as emits_lm_head
-from megatron_bpdg.checkpoint.hf_writer import hf_parts as hf_parts
-from megatron_bpdg.checkpoint.hf_writer import hf_plan as hf_plan
-from megatron_bpdg.checkpoint.hf_writer import set_config_dtype as set_config_dtype
 from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.source import open_source

@@ -15,11 +15,27 @@ from safetensors.torch import load_file
 from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
 from megatron_bpdg.checkpoint.verify import compare_hf
-from tests.checkpoint_fixtures import save_tiny_qwen3
+from tests.checkpoint_fixtures import save_tiny_moe, save_tiny_qwen3
 from tests.parallel.spawn import run_ranks
 
 # (tensor parallel, pipeline parallel, tied); on 4 ranks the rest is data parallel.
 LAYOUTS = [(1, 1, True), (2, 1, False), (4, 1, True), (4, 1, False), (1, 2, True), (2, 2, True), (2, 2, False)]
+
+# (key of MODELS; tensor parallel, pipeline parallel, virtual stages, expert parallel, expert tensor parallel)
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"tied": False},
+    "mixed": {"tied": True, "mlp_only_layers": [1]},
+}
+EXPERT_LAYOUTS = [
+    ("experts", 1, 1, 1, 4, 1),
+    ("experts", 2, 1, 1, 2, 1),
+    ("experts", 2, 1, 1, 2, 2),
+    ("experts", 2, 2, 1, 1, 2),
+    ("experts", 1, 2, 2, 2, 1),
+    ("mixed", 1, 2, 1, 2, 1),
+    ("dense", 2, 2, 2, 1, 2),
+]
 
 
 def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
@@ -71,10 +87,12 @@ def _load_with_megatron_core(chunks: list[Any], checkpoint: Path) -> None:
     """Megatron-Core's own loader with its default strictness, extra states included."""
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load({"model": chunks[0].sharded_state_dict()}, str(checkpoint / "release"))
+    wanted = {f"model{number}": chunk.sharded_state_dict(metadata={}) for number, chunk in enumerate(chunks)}
+    state = dist_checkpointing.load(dict(wanted), str(checkpoint / "release"))
     assert state["args"].num_layers == 4
     assert state["checkpoint_version"] == 3.0
-    chunks[0].load_state_dict(state["model"])
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{number}"])
 
 
 def _every_layout(work: Path) -> list[list[str]]:
@@ -112,6 +130,93 @@ def test_every_layout_round_trips(tmp_path: Path) -> None:
         assert compare_hf(source, saved / "exported") == [], (tp, pp, tied)
         # Megatron's own save, of any layout and padding, through the offline reader.
         assert compare_hf(source, megatron_to_hf(saved, saved / "offline")) == [], (tp, pp, tied)
+
+
+def _stages(hf: Path, tp: int, pp: int, virtual: int, ep: int, etp: int) -> list[Any]:
+    """This rank's chunks, one per virtual stage, every parameter NaN."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from megatron_bpdg.checkpoint.hf import read_hf_config
+    from megatron_bpdg.config.schema import Layout
+    from megatron_bpdg.models import qwen3
+    from megatron_bpdg.models.specs import RMSNorm, block_spec, torch_layer_spec
+    from megatron_bpdg.parallel.platform import enable_cpu_platform
+
+    enable_cpu_platform()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
+    layout = Layout(
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        data_parallel=4 // tp // pp,
+        sequence_parallel=tp > 1,
+        expert_parallel=ep,
+        expert_tensor_parallel=etp,
+    )
+    shape = qwen3.Qwen3Shape.from_hf(read_hf_config(hf))
+    config = qwen3.transformer_config(shape, layout, torch.float32)
+    spec = block_spec(config)
+    if virtual > 1:
+        config.virtual_pipeline_model_parallel_size = virtual
+        layer = torch_layer_spec(experts=shape.experts is not None)
+        count = shape.num_hidden_layers // pp // virtual
+        spec = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = [
+        GPTModel(
+            config,
+            spec,
+            qwen3.padded_vocab_size(shape.vocab_size, tp),
+            shape.max_position_embeddings,
+            pre_process=(rank, stage) == (0, 0),
+            post_process=(rank, stage) == (pp - 1, virtual - 1),
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            vp_stage=stage if virtual > 1 else None,
+        )
+        for stage in range(virtual)
+    ]
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(torch.nan)
+    return chunks
+
+
+def _every_expert_layout(work: Path) -> None:
+    from megatron_bpdg.checkpoint.live import load_weights, save_weights
+
+    for name, *sizes in EXPERT_LAYOUTS:
+        hf = work / name
+        chunks = _stages(hf, *sizes)
+        _load_with_megatron_core(chunks, work / f"{name}-megatron")
+        _assert_equals_source(chunks, hf)
+        saved = work / "-".join(map(str, (name, *sizes)))
+        save_weights(chunks, saved, hf, iteration=7)
+        for checkpoint in (hf, saved):
+            chunks = _stages(hf, *sizes)
+            load_weights(chunks, checkpoint)
+            _assert_equals_source(chunks, hf)
+
+
+def test_experts_and_virtual_stages_round_trip(tmp_path: Path) -> None:
+    """Megatron-Core loads what the converter wrote, and the converter reads what Megatron-Core saved."""
+    for name, fields in MODELS.items():
+        save = save_tiny_qwen3 if name == "dense" else save_tiny_moe
+        hf = save(tmp_path / name, **({"tied": True, "num_hidden_layers": 4} | fields))
+        hf_to_megatron(hf, tmp_path / f"{name}-megatron")
+    run_ranks(_every_expert_layout, 4, tmp_path)
+    for name, *sizes in EXPERT_LAYOUTS:
+        saved = tmp_path / "-".join(map(str, (name, *sizes)))
+        assert compare_hf(tmp_path / name, megatron_to_hf(saved, saved / "offline")) == [], (name, sizes)
 
 
 def _tied_student_untied_teacher(student: Path, teacher: Path) -> list[dict[str, torch.Tensor]]:

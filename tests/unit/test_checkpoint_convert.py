@@ -174,6 +174,15 @@ def test_destinations(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         hf_to_megatron(hf, tmp_path / "other")
 
 
+def test_a_source_is_never_overwritten(hf: Path, tmp_path: Path) -> None:
+    megatron = hf_to_megatron(hf, tmp_path / "work" / "megatron")
+    for source, target in ((hf, hf), (megatron, megatron), (megatron, megatron.parent), (megatron, megatron / "hf")):
+        convert = hf_to_megatron if source == hf else megatron_to_hf
+        with pytest.raises(ValueError, match="which the conversion reads: choose another destination"):
+            convert(source, target, overwrite=True)
+    assert compare_hf(hf, megatron_to_hf(megatron, tmp_path / "back")) == []
+
+
 def test_a_failure_midway_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = HFCheckpoint.read
 
@@ -205,15 +214,24 @@ def test_metadata_cannot_run_code(hf: Path, tmp_path: Path, monkeypatch: pytest.
     assert not Path("evil-was-here").exists()
 
 
+def test_damaged_metadata_is_told(hf: Path, tmp_path: Path) -> None:
+    file = hf_to_megatron(hf, tmp_path / "megatron") / "release" / ".metadata"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], bytes(100), b"\x85" + whole, pickle.dumps({"a": 1})):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"\.metadata is not checkpoint metadata"):
+            TorchDistCheckpoint(tmp_path / "megatron")
+
+
 def test_trackers(hf: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no torch_dist checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no Megatron checkpoint"):
         TorchDistCheckpoint(hf)
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("3")
     with pytest.raises(FileNotFoundError, match=r"iter_0000003, which does not exist"):
         TorchDistCheckpoint(tmp_path)
     (tmp_path / "iter_0000003").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"iter_0000003, which has no \.metadata"):
+    with pytest.raises(FileNotFoundError, match=r"the step is .*iter_0000003, which has no \.metadata"):
         TorchDistCheckpoint(tmp_path)
     tracker.write_text("latest")
     with pytest.raises(ValueError, match="holds 'latest'"):

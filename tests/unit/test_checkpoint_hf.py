@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_broken_directories(tmp_path: Path, model: Path) -> None:
         HFCheckpoint(model)
     save_file({"a": torch.zeros(2, dtype=torch.int8)}, model / "model-1.safetensors")
     with pytest.raises(ValueError, match="unsupported dtype I8 of a;"):
+        HFCheckpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([], "does not describe tensors"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "does not describe tensors"),
+        ({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}, "does not describe tensors"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, r"a \(2,\) F32 has 4 bytes, not 8"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}}, "truncated"),
+    ],
+)
+def test_broken_headers(model: Path, header: Any, message: str) -> None:
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match=message):
         HFCheckpoint(model)
 
 
