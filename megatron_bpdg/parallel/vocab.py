@@ -98,14 +98,10 @@ class ParallelVocab:
     """
 
     def __init__(self, logits_NV: Tensor, vocab_size: int, layout: TokenLayout, temperature: float = 1.0) -> None:
-        width = logits_NV.shape[1]
-        if width * layout.size < vocab_size:
-            raise ValueError(f"{layout.size} shards of {width} columns cannot hold a vocabulary of {vocab_size}")
         layout.check(len(logits_NV))
         self.vocab_size = vocab_size
         self.layout = layout
-        self.first_id = width * layout.rank
-        num_valid = min(max(vocab_size - self.first_id, 0), width)
+        self.first_id, num_valid = shard_columns(logits_NV.shape[1], vocab_size, layout)
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         logits_NV = logits_NV[:, :num_valid].to(dtype)
         self.logits_NV = logits_NV if temperature == 1.0 else logits_NV / temperature
@@ -143,24 +139,11 @@ class ParallelVocab:
     @torch.no_grad()
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         check_topk(k, self.vocab_size)
-        width = self.logits_NV.shape[1]
-        # Every rank offers k candidates; a shard narrower than k fills up with impossible ones.
-        values_NK = self.logits_NV.new_full((len(self.logits_NV), k), -torch.inf)
-        ids_NK = torch.full_like(values_NK, -1, dtype=torch.int64)
-        mine = min(k, width)
+        mine = min(k, self.logits_NV.shape[1])
+        values_NK, ids_NK = topk_filler(self.logits_NV.new_empty(len(self.logits_NV), k))
         values_NK[:, :mine], ids_NK[:, :mine] = ordered_topk(self.logits_NV, mine, self.first_id)
-        candidates = [torch.empty_like(values_NK) for _ in range(self.layout.size)]
-        dist.all_gather(candidates, values_NK, group=self.layout.group)
-        candidate_ids = [torch.empty_like(ids_NK) for _ in range(self.layout.size)]
-        dist.all_gather(candidate_ids, ids_NK, group=self.layout.group)
-        # Candidates stand in ascending id order within equal values, so a stable sort keeps ties at the lower id;
-        # the fillers must sort behind real logits of -inf.
-        ids = torch.cat(candidate_ids, dim=1)
-        values = torch.cat(candidates, dim=1)
-        filler = torch.sort(ids < 0, dim=1, stable=True).indices
-        values, ids = values.gather(1, filler), ids.gather(1, filler)
-        order = torch.sort(values.float(), dim=1, descending=True, stable=True).indices[:, :k]
-        return self.rows(values.gather(1, order)), self.rows(ids.gather(1, order))
+        values_NK, ids_NK = merge_topk(values_NK, ids_NK, self.layout)
+        return self.rows(values_NK), self.rows(ids_NK)
 
     def entropy(self) -> Tensor:
         return _Entropy.apply(self.logits_NV, self._lse_N, self.layout)
@@ -170,6 +153,37 @@ class ParallelVocab:
 
     def vocab_sum(self, x_NV: Tensor) -> Tensor:
         return _VocabSum.apply(x_NV, self.layout)
+
+
+def shard_columns(width: int, vocab_size: int, layout: TokenLayout) -> tuple[int, int]:
+    """The first id of this rank's shard, and how many of its columns are ids; the rest is padding."""
+    if width * layout.size < vocab_size:
+        raise ValueError(f"{layout.size} shards of {width} columns cannot hold a vocabulary of {vocab_size}")
+    first_id = width * layout.rank
+    return first_id, min(max(vocab_size - first_id, 0), width)
+
+
+def topk_filler(values_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Impossible candidates ``[N, K]``: every rank offers K, and a shard narrower than that fills up with them."""
+    return torch.full_like(values_NK, -torch.inf), torch.full_like(values_NK, -1, dtype=torch.int64)
+
+
+def merge_topk(values_NK: Tensor, ids_NK: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """The K best of every shard's K best, all rows on every rank."""
+    candidates = [torch.empty_like(values_NK) for _ in range(layout.size)]
+    dist.all_gather(candidates, values_NK, group=layout.group)
+    candidate_ids = [torch.empty_like(ids_NK) for _ in range(layout.size)]
+    dist.all_gather(candidate_ids, ids_NK, group=layout.group)
+    return best_candidates(torch.cat(candidates, dim=1), torch.cat(candidate_ids, dim=1), values_NK.shape[1])
+
+
+def best_candidates(values_NC: Tensor, ids_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of C candidates that stand in ascending order of their ids wherever values are equal."""
+    # A stable sort keeps ties at the lower id; the fillers must sort behind real logits of -inf.
+    filler = torch.sort(ids_NC < 0, dim=1, stable=True).indices
+    values_NC, ids_NC = values_NC.gather(1, filler), ids_NC.gather(1, filler)
+    order = torch.sort(values_NC.float(), dim=1, descending=True, stable=True).indices[:, :k]
+    return values_NC.gather(1, order), ids_NC.gather(1, order)
 
 
 def _softmax(logits_NV: Tensor, lse_N: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
+from megatron_bpdg.parallel.sequence import gather_tokens
 from megatron_bpdg.rollout.batch import MicroBatch
 from megatron_bpdg.rollout.trajectory import Trajectory
 
@@ -26,7 +27,7 @@ def score(
 ) -> None:
     """Run every response through the model and hand each its scores (on the last pipeline stage's ranks only).
 
-    The results are replicated over tensor-parallel ranks, except `full`, which stays sharded over the vocabulary.
+    The results are whole on each of these ranks, except `full`, which stays sharded over the vocabulary.
 
     Args:
         micro_batches: as they are to be batched; all ranks of a replica pass the same.
@@ -36,16 +37,19 @@ def score(
 
     def read(hidden_SBH: Tensor, batch: MicroBatch) -> Scores:
         ops = policy.vocab_ops(hidden_SBH, batch, temperature, scattered=False)
-        scores = {"logprobs": ops.logprob(batch.sampled_N)}
+        scores: Scores = {}
         if needs.top_k:
+            # Asked for first: one sweep over the vocabulary then serves everything.
             values_NK, ids_NK = ops.topk(needs.top_k)
             scores |= {"support": ids_NK.int(), "support_logprobs": values_NK - ops.logsumexp()[:, None]}
+        scores["logprobs"] = ops.logprob(batch.sampled_N)
         if needs.full:
             log_p_NV = ops.log_softmax()
             # Padded columns keep the shards of all ranks equally wide; they have probability zero.
             width = len(policy.bare.head_weight())
             scores["full"] = F.pad(log_p_NV, (0, width - log_p_NV.shape[1]), value=-torch.inf)
-        return {name: tensor[batch.real_N].cpu() for name, tensor in scores.items()}
+        mine = batch.token_N[batch.real_N], batch.num_tokens, policy.groups.context
+        return {name: gather_tokens(tensor[batch.real_N], *mine).cpu() for name, tensor in scores.items()}
 
     for trajectories, scores in zip(micro_batches, policy.forward(to_batches(micro_batches, policy), read)):
         lengths = [len(t.response_ids) for t in trajectories]

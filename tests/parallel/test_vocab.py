@@ -46,15 +46,15 @@ def shard_of(logits_NV: Tensor, layout: TokenLayout) -> Tensor:
     return torch.cat([logits_NV, padding], dim=1).chunk(layout.size, dim=1)[layout.rank].clone()
 
 
-def topk_agrees() -> dict[str, bool]:
-    """Values and ids, with ties within and across shards, and impossible logits."""
+def topk_inputs() -> dict[str, Tensor]:
+    """Logits of 8 rows and 11 ids, with ties within and across shards, and impossible ones."""
     generator = torch.Generator().manual_seed(0)
     ties_NV = torch.randint(-2, 3, (8, 11), generator=generator).double()
     impossible_NV = torch.where(ties_NV == 1, -math.inf, ties_NV)
     # Equal in float32, in which supports are compared, though not in float64.
     close_NV = 1.0 + 1e-12 * torch.randn(8, 11, generator=generator, dtype=torch.float64)
     negative_zero_NV = torch.where(ties_NV > 0, -0.0, 0.0)
-    inputs = {
+    return {
         "random": torch.randn(8, 11, generator=generator, dtype=torch.float64),
         "ties": ties_NV,
         "impossible": impossible_NV,
@@ -63,8 +63,11 @@ def topk_agrees() -> dict[str, bool]:
         "signed_zeros": negative_zero_NV,
         "bfloat16": torch.randn(8, 11, generator=generator).bfloat16(),
     }
+
+
+def topk_agrees() -> dict[str, bool]:
     agrees = {}
-    for name, logits_NV in inputs.items():
+    for name, logits_NV in topk_inputs().items():
         for layout, k in itertools.product(layouts(), (1, 3, 4, 11)):
             actual = ParallelVocab(shard_of(logits_NV, layout), 11, layout).topk(k)
             expected = DenseVocab(logits_NV, 11).topk(k)
@@ -73,7 +76,7 @@ def topk_agrees() -> dict[str, bool]:
     return agrees
 
 
-def count_collectives(run: Callable[[ParallelVocab], Tensor], ops: ParallelVocab) -> tuple[list[str], list[str]]:
+def count_collectives(run: Callable[[Any], Tensor], ops: Any) -> tuple[list[str], list[str]]:
     """Names of the collectives of a forward and of its backward."""
     calls: list[str] = []
 

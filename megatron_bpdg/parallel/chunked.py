@@ -1,0 +1,267 @@
+"""`VocabOps` straight from hidden states and the head's weight: the logits of all positions never exist.
+
+The vocabulary is swept in chunks of columns, ``[N, v]`` at a time. One forward sweep gives the log-sum-exp and the
+entropy (and the top-K, if that is asked for first); it stores ``[N]``. A backward sweep recomputes each chunk. The
+chunks are of columns, not of tokens, since then one product over all tokens finishes each row of the weight's gradient:
+nothing of the weight's size is read and written once per chunk, and nothing is rounded more than once.
+
+Logits of given ids are products of gathered pairs of rows, forward and backward, without a sweep (`sparse.py`): a loss
+on K ids per token costs one forward sweep (for the drift), and no backward one.
+
+Logits have the dtype that a matrix product of the hidden states has, as if they were materialised; everything after
+them is float32 (float64 for float64). Collectives are those of `ParallelVocab`, except that the log-sum-exp and the
+entropy share two all-reduces (``[N]`` and ``[2, N]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bpdg.objectives.vocabulary import check_ids, check_topk, ordered_topk
+from megatron_bpdg.parallel.sparse import Gather, SparseIds, dot
+from megatron_bpdg.parallel.vocab import TokenLayout, best_candidates, merge_topk, shard_columns, topk_filler
+from megatron_bpdg.parallel.weight_gradient import WeightGradient
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What one sweep over the vocabulary leaves, for all N rows and replicated; the top-K is this shard's.
+
+    Attributes:
+        lse_N, entropy_N: of the whole vocabulary.
+        top: this shard's k largest logits and their ids, ``[N, k]`` each, filled up; None unless asked for.
+    """
+
+    lse_N: Tensor
+    entropy_N: Tensor
+    top: tuple[Tensor, Tensor] | None
+
+
+class ChunkedVocab:
+    """`VocabOps` without logits; see the module docstring.
+
+    Args:
+        hidden_NH: normed hidden states of N positions, any float dtype, the same on every rank of the group. Their
+            gradient is this rank's part of a sum over the group (see `head.response_states`).
+        weight_VH: this rank's rows of the head, ``[V_padded / TP, H]``.
+        vocab_size: true vocabulary; rows beyond it are padding and never enter a softmax.
+        layout: the tensor-parallel group, and whether tokens are scattered over it.
+        temperature: divides the logits.
+        chunk_mb: bound on one chunk of float32 logits, and on one chunk of gathered rows, in units of 1e6 bytes; up to
+            three such buffers exist at a time. A chunk is at least one column, or one row.
+        accumulate: add the weight's gradient to ``weight_VH.main_grad`` (see `WeightGradient`).
+
+    Raises:
+        ValueError: where the shard cannot hold its part of the vocabulary, N does not divide when scattered, or a whole
+            distribution is asked for.
+    """
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        vocab_size: int,
+        layout: TokenLayout,
+        temperature: float = 1.0,
+        *,
+        chunk_mb: float = 128.0,
+        accumulate: bool = False,
+    ) -> None:
+        layout.check(len(hidden_NH))
+        self.hidden_NH = hidden_NH
+        self.weight_VH = weight_VH
+        self.vocab_size = vocab_size
+        self.layout = layout
+        self.temperature = temperature
+        self.chunk_bytes = chunk_mb * 1e6
+        self.accumulate = accumulate
+        self.dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        self.first_id, self.num_valid = shard_columns(len(weight_VH), vocab_size, layout)
+        self._swept: Swept | None = None
+
+    def rows(self, per_token: Tensor) -> Tensor:
+        return self.layout.rows(per_token)
+
+    def logsumexp(self) -> Tensor:
+        lse_N = self.sweep().lse_N
+        return self._bind(self.rows(lse_N), Term(lse_N))
+
+    def logprob(self, ids_N: Tensor) -> Tensor:
+        check_ids(ids_N, self.vocab_size)
+        column_N = ids_N - self.first_id
+        lse_N = self.sweep().lse_N
+        with torch.no_grad():
+            logits_N1 = dot(self.hidden_NH, self.weight_VH, self._sparse(ids_N[:, None]))
+            value_n = self.layout.reduce(logits_N1)[:, 0] - self.rows(lse_N)
+        return self._bind(value_n, Term(lse_N, column_N=column_N))
+
+    def entropy(self) -> Tensor:
+        swept = self.sweep()
+        return self._bind(self.rows(swept.entropy_N), Term(swept.lse_N, entropy_N=swept.entropy_N))
+
+    def gather(self, ids_NK: Tensor) -> Tensor:
+        check_ids(ids_NK, self.vocab_size)
+        return Gather.apply(self.hidden_NH, self.weight_VH, self._sparse(ids_NK), self.layout, self.accumulate)
+
+    @torch.no_grad()
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """See `VocabOps`. Asked for before anything else, it shares the sweep of everything else."""
+        check_topk(k, self.vocab_size)
+        top = self.sweep(k).top
+        assert top is not None
+        values_NK, ids_NK = merge_topk(*top, self.layout)
+        return self.rows(values_NK), self.rows(ids_NK)
+
+    def log_softmax(self) -> Tensor:
+        raise ValueError(_NOT_WHOLE)
+
+    def vocab_sum(self, x_NV: Tensor) -> Tensor:
+        raise ValueError(_NOT_WHOLE)
+
+    @torch.no_grad()
+    def sweep(self, k: int = 0) -> Swept:
+        """The forward sweep, which is made once; once more only if a top-K is asked for that it did not look for."""
+        if self._swept is None or (k and (self._swept.top is None or self._swept.top[0].shape[1] != k)):
+            max_CN, sum_CN, shifted_CN, top = self.sweep_shard(k)
+            self._swept = Swept(*self._combined(max_CN, sum_CN, shifted_CN), top)
+        return self._swept
+
+    def sweep_shard(self, k: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Softmax statistics of this shard in C parts: max z, sum e^(z - max), sum (z - max) e^(z - max), [C, N] each.
+
+        And the shard's k largest logits.
+        """
+        top = topk_filler(self.hidden_NH.new_empty(len(self.hidden_NH), k, dtype=self.dtype)) if k else None
+        parts = []
+        for start, stop in self.chunks():
+            logits_Nv = self.logits(self.hidden_NH, self.weight_VH, start, stop)
+            if top is not None:
+                found = ordered_topk(logits_Nv, min(k, stop - start), self.first_id + start)
+                top = best_candidates(torch.cat([top[0], found[0]], 1), torch.cat([top[1], found[1]], 1), k)
+            max_N = logits_Nv.amax(1)
+            shifted_Nv = logits_Nv.sub_(max_N[:, None])
+            exp_Nv = shifted_Nv.exp()
+            parts.append(torch.stack([max_N, exp_Nv.sum(1), exp_Nv.mul_(shifted_Nv).sum(1)]))
+        empty = self.hidden_NH.new_empty(3, 0, len(self.hidden_NH), dtype=self.dtype)
+        max_CN, sum_CN, shifted_CN = torch.stack(parts, dim=1) if parts else empty
+        return max_CN, sum_CN, shifted_CN, top
+
+    def _combined(self, max_CN: Tensor, sum_CN: Tensor, shifted_CN: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and entropy of the whole vocabulary from the parts of every shard."""
+        max_N = max_CN.amax(0) if len(max_CN) else max_CN.new_full((len(self.hidden_NH),), -torch.inf)
+        dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=self.layout.group)
+        lower_CN = max_CN - max_N
+        scale_CN = lower_CN.exp()
+        sums_2N = torch.stack([(scale_CN * sum_CN).sum(0), (scale_CN * (shifted_CN + lower_CN * sum_CN)).sum(0)])
+        sum_N, shifted_N = self.layout.sum_(sums_2N)
+        return max_N + sum_N.log(), sum_N.log() - shifted_N / sum_N
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Bounds of the chunks of valid columns."""
+        width = max(int(self.chunk_bytes / (4 * max(len(self.hidden_NH), 1))), 1)
+        if width > _ALIGNED:
+            width -= width % _ALIGNED
+        for start in range(0, self.num_valid, width):
+            yield start, min(start + width, self.num_valid)
+
+    def logits(self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int) -> Tensor:
+        """A fresh ``[N, stop - start]``, divided by the temperature."""
+        logits_Nv = (hidden_NH @ weight_VH[start:stop].t()).to(self.dtype)
+        return logits_Nv if self.temperature == 1.0 else logits_Nv.div_(self.temperature)
+
+    def chunk_gradient(
+        self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
+    ) -> Tensor:
+        """Of a chunk's undivided logits, in the hidden states' dtype, from that of the term, all rows."""
+        logits_Nv = self.logits(hidden_NH, weight_VH, start, stop)
+        return self.logits_gradient(logits_Nv, start, term, grad_N).to(hidden_NH.dtype)
+
+    def logits_gradient(self, logits_Nv: Tensor, start: int, term: Term, grad_N: Tensor) -> Tensor:
+        """The same in float32; overwrites `logits_Nv`."""
+        grad_N = grad_N.to(self.dtype) / self.temperature
+        log_p_Nv = logits_Nv.sub_(term.lse_N[:, None])
+        if term.entropy_N is not None:
+            p_Nv = log_p_Nv.exp()
+            return log_p_Nv.add_(term.entropy_N[:, None]).mul_(p_Nv).mul_(-grad_N[:, None])
+        if term.column_N is None:
+            return log_p_Nv.exp_().mul_(grad_N[:, None])
+        grad_Nv = log_p_Nv.exp_().mul_(-grad_N[:, None])
+        column_N = term.column_N - start
+        here_N = (column_N >= 0) & (column_N < grad_Nv.shape[1])
+        # Ids of other chunks add nothing to column 0.
+        column_N, grad_N = torch.where(here_N, column_N, 0), torch.where(here_N, grad_N, 0.0)
+        return grad_Nv.scatter_add_(1, column_N[:, None], grad_N[:, None])
+
+    def _sparse(self, ids_NK: Tensor) -> SparseIds:
+        return SparseIds.of_shard(ids_NK - self.first_id, self.num_valid, self.temperature, self.chunk_bytes)
+
+    def _bind(self, value_n: Tensor, term: Term) -> Tensor:
+        return _Sweep.apply(self.hidden_NH, self.weight_VH, value_n, self, term)
+
+
+_ALIGNED = 128
+_NOT_WHOLE = (
+    "a head that never makes the logits has no distribution over the whole vocabulary: set training.head to "
+    "materialised or auto"
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A per-token result whose gradient covers the whole vocabulary; all of it for all N rows.
+
+    - log-sum-exp: ``d/dz_v = p_v``
+    - log-prob, with the ids' `column_N` in this shard (outside of it: any other number): ``[v = y] - p_v``
+    - entropy, with its `entropy_N`: ``-p_v (log p_v + H)``
+    """
+
+    lse_N: Tensor
+    column_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+
+
+class _Sweep(torch.autograd.Function):
+    """Attaches the backward sweep of a term to its value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, value_n: Tensor, ops: ChunkedVocab, term: Term
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_NH, weight_VH)
+        ctx.ops, ctx.term = ops, term
+        return value_n.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden_NH, weight_VH = ctx.saved_tensors
+        ops: ChunkedVocab = ctx.ops
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_N = ops.layout.expand(grads[0])
+        hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=ops.dtype) if needs_hidden else None
+        weight_grad = WeightGradient(weight_VH, ops.accumulate, weight_VH.dtype) if needs_weight else None
+        for start, stop in ops.chunks():
+            grad_Nv = ops.chunk_gradient(hidden_NH, weight_VH, start, stop, ctx.term, grad_N)
+            if hidden_grad_NH is not None:
+                _addmm_(hidden_grad_NH, grad_Nv, weight_VH[start:stop])
+            if weight_grad is not None:
+                weight_grad.add_product(start, stop, grad_Nv.t(), hidden_NH)
+        return (
+            hidden_grad_NH.to(hidden_NH.dtype) if hidden_grad_NH is not None else None,
+            weight_grad.result() if weight_grad is not None else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

@@ -1,0 +1,60 @@
+"""The Triton kernels in Triton's interpreter, at tiny sizes: dense values and gradients at 1 and 2 ranks.
+
+In processes of their own: the interpreter is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_bpdg.parallel.head import Head
+from tests.parallel.parity import CHECKS, parity, tolerance, worst
+from tests.parallel.parity_inputs import CASES
+from tests.parallel.spawn import run_ranks
+
+NAMES = ("logsumexp", "logprob", "gather", "entropy", "sampled_token", "lsm", "lsm_tail", "gated_sampled_token_global")
+# The interpreter has no bfloat16 arithmetic.
+USED = ("float32",)
+
+
+def on_ranks() -> dict[str, Any]:
+    from megatron_bpdg.parallel import fused
+    from tests.parallel.test_chunked import of_logits
+
+    checks = {name: CHECKS[name] for name in NAMES}
+    tiny = {"BLOCK_TOKENS": 4, "BLOCK_COLUMNS": 2, "BLOCK_HIDDEN": 4}
+    report: dict[str, Any] = {}
+    for name, parts in (("one part", 1), ("many parts", 8)):
+        with mock.patch.multiple(fused, **tiny, MIN_PROGRAMS=parts):
+            report[name] = parity(USED, of_logits(fused.FusedVocab, 100e-6), checks=checks)
+    report["dtype"] = ""
+    try:
+        parity(["anywhere"], of_logits(fused.FusedVocab), checks={"entropy": CHECKS["entropy"]})
+    except ValueError as error:
+        report["dtype"] = str(error)
+    return report
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_kernels_give_dense_values_and_gradients(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ranks = run_ranks(on_ranks, world_size)
+    for parts in ("one part", "many parts"):
+        errors = worst(rank[parts] for rank in ranks)
+        assert len(errors) == len(USED) * len(NAMES) * 2
+        bad = {}
+        for (case, layout, check), error in errors.items():
+            if not error.within(tolerance(CASES[case], check)):
+                bad[case, layout, check] = error
+        assert not bad
+    assert all("computes in float32, not torch.float64" in rank["dtype"] for rank in ranks)
+
+
+def test_a_fused_head_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"training\.head: fused has Triton kernels for CUDA devices only"):
+        Head("fused").check_device(torch.device("cpu"))
