@@ -15,16 +15,19 @@ class Section(BaseModel):
 
 
 class Layout(Section):
-    """How the model is spread over ranks; tensor x pipeline x data parallel is the number of processes."""
+    """How model and tokens are spread over ranks; tensor x pipeline x context x data parallel is their number."""
 
     tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer's matrices and the vocabulary")
     pipeline_parallel: int = Field(1, ge=1, description="ranks that share the stack of layers")
+    context_parallel: int = Field(
+        1, ge=1, description="ranks that share each sequence's tokens, attention included; for long responses"
+    )
     data_parallel: int = Field(1, ge=1, description="replicas of the model")
     expert_parallel: int = Field(
         1,
         ge=1,
-        description="ranks that share the experts of a layer, out of the tensor- and data-parallel ones; dense models "
-        "take no notice",
+        description="ranks that share the experts of a layer, out of the tensor-, context- and data-parallel ones; "
+        "dense models take no notice",
     )
     expert_tensor_parallel: int = Field(
         1, ge=1, description="ranks that share each expert's matrices, out of the same ones"
@@ -36,7 +39,7 @@ class Layout(Section):
 
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tp(self) -> Layout:
@@ -46,12 +49,13 @@ class Layout(Section):
 
     @model_validator(mode="after")
     def _experts_divide_the_ranks(self) -> Layout:
-        ranks, wanted = self.tensor_parallel * self.data_parallel, self.expert_parallel * self.expert_tensor_parallel
+        ranks = self.tensor_parallel * self.context_parallel * self.data_parallel
+        wanted = self.expert_parallel * self.expert_tensor_parallel
         if ranks % wanted:
             raise ValueError(
                 f"expert_parallel x expert_tensor_parallel = {self.expert_parallel} x {self.expert_tensor_parallel} = "
-                f"{wanted} must divide tensor_parallel x data_parallel = {self.tensor_parallel} x "
-                f"{self.data_parallel} = {ranks}: experts are spread over those ranks"
+                f"{wanted} must divide tensor_parallel x context_parallel x data_parallel = {self.tensor_parallel} x "
+                f"{self.context_parallel} x {self.data_parallel} = {ranks}: experts are spread over those ranks"
             )
         return self
 
@@ -303,6 +307,12 @@ class Training(Section):
     minibatches: int = Field(1, ge=1, description="optimizer updates per epoch")
     batch_size: int = Field(64, ge=1, description="kind: sft only: examples per optimizer update")
     micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass per data-parallel rank")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="instead of micro_batch_size: pack sequences without padding up to this many prompt and response "
+        "tokens per rank and forward pass; a longer sequence gets a forward pass of its own",
+    )
     lr: float = Field(2e-6, gt=0.0)
     lr_warmup_updates: int = Field(
         0, ge=0, description="optimizer updates of linear warm-up; as in Megatron-Core the first one has rate 0"
@@ -317,7 +327,22 @@ class Training(Section):
         "trainer", description="who computes log pi_old: the trainer (recomputed) or the sampler (as recorded)"
     )
     recompute: bool = Field(False, description="recompute activations in the backward pass")
+    head: Literal["auto", "materialised", "chunked", "fused"] = Field(
+        "auto",
+        description="how the loss reads the vocabulary: with materialised logits, in chunks that never make them, or "
+        "with Triton kernels (GPU); auto: materialised for objectives on the whole vocabulary, else chunked",
+    )
+    head_chunk_mb: float = Field(128.0, gt=0.0, description="bound on a chunk of float32 logits, in units of 1e6 bytes")
     save_every: int = Field(0, ge=0, description="checkpoint every N steps; 0: only at the end")
+
+    @model_validator(mode="after")
+    def _one_measure_of_micro_batches(self) -> Training:
+        if self.micro_batch_tokens is not None and self.micro_batch_size != 1:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} and micro_batch_tokens: {self.micro_batch_tokens} exclude "
+                "each other: remove micro_batch_size to fill micro-batches by tokens"
+            )
+        return self
 
 
 class Evaluation(Section):
@@ -374,6 +399,11 @@ class RunConfig(Section):
         unused += [f"training.{x}" for x in fields if getattr(self.training, x) != getattr(defaults, x)]
         if unused:
             raise ValueError(f"kind: {self.kind} does not use {', '.join(unused)}: remove it")
+        if isinstance(self.objective, FullVocabulary) and self.training.head in ("chunked", "fused"):
+            raise ValueError(
+                f"training.head: {self.training.head} never makes the logits, and objective.name: "
+                f"{self.objective.name} is a sum over the whole vocabulary: set training.head to auto or materialised"
+            )
         if self.teacher is not None and self.teacher.engine == "sglang":
             self._served_teacher_suffices()
         if self.teacher is not None and self.teacher.servers is not None and self.rollout.servers is not None:

@@ -10,24 +10,36 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, Qwen3Shape
-from megatron_bpdg.parallel.head import project
+from megatron_bpdg.objectives.vocabulary import VocabOps
+from megatron_bpdg.parallel.head import Head, response_states
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
+from megatron_bpdg.parallel.vocab import TokenLayout
 from megatron_bpdg.rollout.batch import MicroBatch, collate
 from megatron_bpdg.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Where this rank stands."""
+    """Where this rank stands.
+
+    Attributes:
+        tensor: the ranks that share the matrices.
+        context: the ranks that share the tokens of every sequence.
+        stage: both together: the ranks of one pipeline stage of one replica.
+        is_last_stage: whether hidden states and losses come out here.
+        data_rank, data_size: which replica, out of how many.
+    """
 
     tensor: dist.ProcessGroup
+    context: dist.ProcessGroup
+    stage: dist.ProcessGroup
     is_last_stage: bool
     data_rank: int
     data_size: int
@@ -37,10 +49,17 @@ class Groups:
         """Of the initialised Megatron-Core parallel state."""
         return cls(
             tensor=parallel_state.get_tensor_model_parallel_group(),
+            context=parallel_state.get_context_parallel_group(),
+            stage=parallel_state.get_tensor_and_context_parallel_group(),
             is_last_stage=parallel_state.is_pipeline_last_stage(),
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
         )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its replica: the first one of the last stage."""
+        return self.is_last_stage and self.stage.rank() == 0
 
 
 class MegatronPolicy:
@@ -50,12 +69,19 @@ class MegatronPolicy:
         module: this rank's stage, bare or wrapped in Megatron-Core's DistributedDataParallel.
         shape: of the whole model.
         layout: of the ranks.
+        packed: lay the sequences of a micro-batch one after the other instead of padding them.
+        head: how the vocabulary is read.
     """
 
-    def __init__(self, module: nn.Module, shape: Qwen3Shape, layout: Layout) -> None:
+    def __init__(
+        self, module: nn.Module, shape: Qwen3Shape, layout: Layout, *, packed: bool = False, head: Head | None = None
+    ) -> None:
         self.module = module
         self.shape = shape
         self.layout = layout
+        self.packed = packed
+        self.head = head or Head()
+        self.head.check_device(default_device())
         self.groups = Groups.current()
 
     @property
@@ -66,16 +92,26 @@ class MegatronPolicy:
     def length_multiple(self) -> int:
         return self.layout.tensor_parallel if self.layout.sequence_parallel else 1
 
-    def vocab_ops(self, hidden_SBH: Tensor, batch: MicroBatch, temperature: float, *, scattered: bool) -> ParallelVocab:
-        """The distribution that predicts each response token, as vocabulary operations over this rank's shard."""
-        logits_NV = project(
+    def vocab_ops(self, hidden_SBH: Tensor, batch: MicroBatch, temperature: float, *, scattered: bool) -> VocabOps:
+        """The distribution that predicts each response token, as vocabulary operations over this rank's shard.
+
+        Args:
+            scattered: keep only this rank's slice of the per-token results.
+        """
+        hidden_NH = response_states(
             hidden_SBH,
-            self.bare.head_weight(),
             batch.position_N,
             group=self.groups.tensor,
             sequence_parallel=self.layout.sequence_parallel,
         )
-        return ParallelVocab(logits_NV, self.shape.vocab_size, TokenLayout(self.groups.tensor, scattered), temperature)
+        return self.head.vocab_ops(
+            hidden_NH,
+            self.bare.head_weight(),
+            self.shape.vocab_size,
+            TokenLayout(self.groups.tensor, scattered),
+            temperature,
+            accumulate=self.bare.config.gradient_accumulation_fusion and torch.is_grad_enabled(),
+        )
 
     def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Tensor, MicroBatch], Tensor]) -> None:
         """Accumulate the gradient of the sum of `loss(hidden_SBH, batch)` over the micro-batches."""
@@ -113,7 +149,8 @@ class MegatronPolicy:
 
         def forward_step(batch_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
             batch = next(batch_iterator).to(device)
-            return model(batch.input_ids_BS, batch.position_ids_BS, None), partial(on_output, batch)
+            hidden_SBH = model(batch.input_ids_BS, batch.position_ids_BS, None, packed_seq_params=_packing(batch))
+            return hidden_SBH, partial(on_output, batch)
 
         # Sequence length and micro-batch size vary; with pipeline stages, shapes travel along (variable_seq_lengths).
         return get_forward_backward_func()(
@@ -128,9 +165,35 @@ class MegatronPolicy:
         )
 
 
+def _packing(batch: MicroBatch) -> PackedSeqParams | None:
+    """How Megatron-Core and Transformer Engine are told of packed sequences.
+
+    Padding counts as part of its sequence: it comes last, where causal attention never looks.
+    """
+    if batch.cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=batch.cu_seqlens,
+        cu_seqlens_kv_padded=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
 def to_batches(chunks: Sequence[Sequence[Trajectory]], policy: MegatronPolicy) -> list[MicroBatch]:
-    """Collate micro-batches for a model's layout."""
+    """Collate micro-batches for a model's layout: this rank's part of them."""
     return [
-        collate(chunk, pad_id=0, length_multiple=policy.length_multiple, token_multiple=policy.layout.tensor_parallel)
+        collate(
+            chunk,
+            pad_id=0,
+            length_multiple=policy.length_multiple,
+            token_multiple=policy.layout.tensor_parallel,
+            packed=policy.packed,
+            context_rank=policy.groups.context.rank(),
+            context_size=policy.layout.context_parallel,
+        )
         for chunk in chunks
     ]

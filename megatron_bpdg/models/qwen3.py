@@ -57,6 +57,9 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        # Transformer Engine's ring; it takes padded and packed sequences. The torch-only attention has one way.
+        cp_comm_type="p2p" if layout.context_parallel > 1 else None,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

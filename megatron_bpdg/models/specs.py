@@ -1,8 +1,8 @@
-"""Layer specs for Qwen3: Transformer Engine's where it is installed, else plain torch with sequence parallelism.
+"""Layer specs for Qwen3: Transformer Engine's where it is installed, else plain torch.
 
-Megatron-Core's own torch-only pieces refuse sequence parallelism (its norm), need a materialised score matrix (its
-attention) and in some versions Transformer Engine (its router); the modules here lift these limits. Both spec families
-save under the same torch_dist keys.
+Megatron-Core's own torch-only pieces refuse sequence parallelism (its norm), refuse context parallelism and packed
+sequences and materialise the scores (its attention), or need Transformer Engine in some versions (its router); the
+modules here lift these limits. Both spec families save under the same torch_dist keys.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,6 +35,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_bpdg.parallel.sequence import unzigzag
 
 
 def transformer_engine_available() -> bool:
@@ -72,7 +78,11 @@ class RMSNorm(nn.Module):
 class TorchAttention(nn.Module):
     """Causal grouped-query attention through `scaled_dot_product_attention` (flash kernels on GPU).
 
-    Right padding needs no mask: a causal row never sees what comes after it.
+    Right padding needs no mask: a causal row never sees what comes after it. Packed sequences attend one by one.
+
+    Under context parallelism each rank holds the queries of two chunks of every sequence (`parallel.sequence.zigzag`).
+    It gathers the keys and values of all ranks, and each chunk attends to the part of its sequence that ends with it:
+    one all-gather in the forward, one reduce-scatter in the backward, and the scores of no more than one chunk at once.
     """
 
     def __init__(
@@ -85,13 +95,9 @@ class TorchAttention(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size {config.context_parallel_size}: the torch-only spec runs with 1; "
-                "install Transformer Engine for context parallelism"
-            )
         self.config = config
         self.softmax_scale = softmax_scale
+        self.context = parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -101,20 +107,49 @@ class TorchAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [S, B, heads, D], key and value [S, B, groups, D] -> [S, B, heads * D]."""
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ValueError("TorchAttention takes neither packed sequences nor an attention bias")
+        """query [S, B, heads, D], key and value [S, B, groups, D] -> [S, B, heads * D]; packed, all without B."""
+        if attention_bias is not None:
+            raise ValueError("TorchAttention takes no attention bias")
+        size = self.context.size()
+        if packed_seq_params is None:
+            lengths = [len(query)]
+        else:
+            query, key, value = query[:, None], key[:, None], value[:, None]
+            lengths = (packed_seq_params.cu_seqlens_q_padded.diff() // size).tolist()
+        if size == 1:
+            parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
+            out_SBF = torch.cat([self._causal(*part) for part in parts])
+        else:
+            # One collective for both.
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context)
+            shards = both.unflatten(0, (size, -1)).split(lengths, dim=1)
+            out_SBF = torch.cat([self._on_shard(q, unzigzag(kv)) for q, kv in zip(query.split(lengths), shards)])
+        return out_SBF if packed_seq_params is None else out_SBF[:, 0]
+
+    def _on_shard(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """This rank's two chunks of queries against the whole sequence's ``[S, B, groups, 2 D]``."""
+        front, back = query.chunk(2)
+        rank, last = self.context.rank(), 2 * self.context.size() - 1
+        return torch.cat(
+            [
+                self._causal(chunk, *key_value[: (number + 1) * len(chunk)].chunk(2, dim=-1))
+                for number, chunk in ((rank, front), (last - rank, back))
+            ]
+        )
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The queries are the last ones of the sequence that the keys span. [s, B, heads, D] -> [s, B, heads * D]."""
         out_BHSD = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            is_causal=True,
+            attn_mask=causal_lower_right(len(query), len(key)),
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return out_BHSD.permute(2, 0, 1, 3).flatten(2)
 
 
 class TorchRouter(TopKRouter):

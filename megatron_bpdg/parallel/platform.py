@@ -1,10 +1,10 @@
 """Megatron-Core without CUDA: the one module that patches anything, and only where there is no GPU.
 
-Megatron-Core asks `torch.cuda` for the current device, its RNG state and a synchronisation point, creates small
-buffers with ``device="cuda"``, and checks dtypes by their CUDA type names. `enable_cpu_platform` points each of those
-at the CPU. For experts it exchanges unequal parts, with split sizes that only a copy from the GPU would turn into
-numbers: three collectives learn what NCCL does and gloo does not. Nothing in Megatron-Core itself is replaced, so the
-arithmetic, the schedules and the collectives (over gloo) are the ones that run on GPUs.
+Megatron-Core asks `torch.cuda` for the current device, its RNG state and a synchronisation point, creates small buffers
+with ``device="cuda"`` or in pinned memory, and checks dtypes by their CUDA type names. `enable_cpu_platform` points
+each of those at the CPU. For experts it exchanges unequal parts, with split sizes that only a copy from the GPU would
+turn into numbers: three collectives learn what NCCL does and gloo does not. Nothing in Megatron-Core itself is
+replaced, so the arithmetic, the schedules and the collectives (over gloo) are the ones that run on GPUs.
 """
 
 from __future__ import annotations
@@ -20,25 +20,12 @@ import torch.distributed as dist
 
 # Factories that Megatron-Core calls with a literal device="cuda".
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
-# What it calls on torch.cuda, and what stands in for it.
-_CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "current_device": lambda: torch.device("cpu"),
-    "synchronize": lambda *args, **kwargs: None,
-    "set_device": lambda *args, **kwargs: None,
-    "empty_cache": lambda: None,
-    "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-    "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
-    "manual_seed": lambda seed: torch.manual_seed(seed),
-    "current_stream": lambda *args, **kwargs: _Stream(),
-    "default_stream": lambda *args, **kwargs: _Stream(),
-    "stream": lambda *args, **kwargs: contextlib.nullcontext(),
-    "Stream": lambda *args, **kwargs: _Stream(),
-}
-_originals: dict[str, Any] = {}
 
 
 class _Stream:
     """CPU work is in order: waiting on a stream is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def wait_stream(self, other: object) -> None:
         return None
@@ -51,6 +38,24 @@ class _Stream:
 
     def synchronize(self) -> None:
         return None
+
+
+# What it calls on torch.cuda, and what stands in for it.
+_CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "current_device": lambda: torch.device("cpu"),
+    "synchronize": lambda *args, **kwargs: None,
+    "set_device": lambda *args, **kwargs: None,
+    "empty_cache": lambda: None,
+    "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+    "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    "manual_seed": lambda seed: torch.manual_seed(seed),
+    "current_stream": lambda *args, **kwargs: _Stream(),
+    "default_stream": lambda *args, **kwargs: _Stream(),
+    "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+    # A class, as other packages' annotations name it.
+    "Stream": _Stream,
+}
+_originals: dict[str, Any] = {}
 
 
 def default_device() -> torch.device:
@@ -66,6 +71,7 @@ def _redirecting(factory: Callable[..., Any]) -> Callable[..., Any]:
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return redirected

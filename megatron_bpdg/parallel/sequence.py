@@ -1,4 +1,9 @@
-"""Tokens spread over sequence shards: block sums that are exact whichever rank holds which token."""
+"""Tokens spread over sequence shards: who holds which, and block sums that are exact whoever does.
+
+Under context parallelism a sequence is cut into twice as many chunks as there are ranks, and rank r holds chunk r and
+the r-th from the end (zigzag): in causal attention each rank then has the same work. It is the layout that Megatron-
+Core and Transformer Engine assume.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,42 @@ def sum_over(groups: Sequence[dist.ProcessGroup]) -> SumReduce:
         return sums
 
     return reduce
+
+
+def zigzag(length: int, rank: int, size: int) -> Tensor:
+    """Positions of a sequence that one of `size` context-parallel ranks holds, int64 ``[length / size]``.
+
+    Args:
+        length: a multiple of ``2 * size`` where `size` is more than 1.
+    """
+    positions = torch.arange(length)
+    if size == 1:
+        return positions
+    chunks = positions.chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[-1 - rank]])
+
+
+def unzigzag(shards: Tensor) -> Tensor:
+    """The whole sequence ``[size * s, ...]`` from the shards of all ranks in order, ``[size, s, ...]``."""
+    front, back = shards.chunk(2, dim=1)
+    return torch.cat([front.flatten(0, 1), back.flip(0).flatten(0, 1)])
+
+
+def gather_tokens(rows: Tensor, token_n: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
+    """All tokens' rows ``[num_tokens, ...]`` on every rank of `group`, each from the one rank that holds it.
+
+    One all-reduce; without gradients.
+
+    Args:
+        rows: this rank's ``[n, ...]``.
+        token_n: their numbers, int64.
+    """
+    if group.size() == 1:
+        return rows
+    whole = rows.new_zeros(num_tokens, *rows.shape[1:])
+    whole[token_n] = rows
+    dist.all_reduce(whole, group=group)
+    return whole
 
 
 def pad_to_multiple(index_N: Tensor, multiple: int) -> tuple[Tensor, Tensor]:

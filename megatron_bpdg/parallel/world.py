@@ -29,9 +29,10 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != layout.world_size:
         raise ValueError(
-            f"layout needs tensor_parallel x pipeline_parallel x data_parallel = {layout.tensor_parallel} x "
-            f"{layout.pipeline_parallel} x {layout.data_parallel} = {layout.world_size} processes, but {size} run; "
-            "start with `torchrun --nproc-per-node` to match, or change the layout"
+            f"layout needs tensor_parallel x pipeline_parallel x context_parallel x data_parallel = "
+            f"{layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.context_parallel} x "
+            f"{layout.data_parallel} = {layout.world_size} processes, but {size} run; start with "
+            "`torchrun --nproc-per-node` to match, or change the layout"
         )
     # torch renamed collectives that Megatron-Core still calls by their old names.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
@@ -51,6 +52,7 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
     )

@@ -8,7 +8,12 @@ from megatron_bpdg.report.progress import format_seconds
 from megatron_bpdg.report.run import Run
 from megatron_bpdg.report.template import escape
 
-_LAYOUT_NAMES = (("TP", "tensor_parallel"), ("PP", "pipeline_parallel"), ("DP", "data_parallel"))
+_LAYOUT_NAMES = (
+    ("TP", "tensor_parallel"),
+    ("PP", "pipeline_parallel"),
+    ("CP", "context_parallel"),
+    ("DP", "data_parallel"),
+)
 
 
 def headline(run: Run) -> str:

@@ -1,38 +1,51 @@
-"""Trajectories -> padded micro-batches with flat per-token tensors."""
+"""Trajectories -> padded or packed micro-batches with flat per-token tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bpdg.parallel.sequence import pad_to_multiple
+from megatron_bpdg.parallel.sequence import pad_to_multiple, zigzag
 from megatron_bpdg.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B right-padded sequences of length S, and their N response tokens in order, flattened.
+    """Right-padded sequences ``[B, S]``, or packed ones ``[1, S]`` in a row, and their N response tokens, flattened.
 
-    N is a multiple of the tensor-parallel size; `real_N` is False on the filler.
+    Under context parallelism these are this rank's shard of every sequence (`zigzag`), and the response tokens that
+    are predicted here. Block and sequence numbers are those of the whole micro-batch, so sums over them are completed
+    over the context-parallel ranks as they are over any others that share the tokens. N is a multiple of the
+    tensor-parallel size; `real_N` is False on the filler.
 
     Attributes:
-        input_ids_BS, position_ids_BS: int64.
+        input_ids_BS, position_ids_BS: int64; positions count from 0 in each sequence.
+        cu_seqlens: packed only: where each sequence begins and where the last one ends, int32 ``[num_sequences + 1]``,
+            padding and the shards of all context-parallel ranks included.
+        max_seqlen: packed only: the longest of these sequences.
         position_N: flat position ``s * B + b`` of the hidden state that *predicts* each response token.
         sampled_N: the response tokens.
         sequence_N, num_sequences: which sequence of the micro-batch.
         block_N, block_index_S, num_blocks: block numbers unique over the micro-batch, and each block's number within
             its own response.
+        token_N, num_tokens: each token's number among the response tokens of the whole micro-batch.
         real_N: response tokens, not filler.
         mask_N: those of them that the loss counts.
+        num_counted: tokens that the loss counts in the whole micro-batch.
         old_logprobs_N, teacher_*: as in `Trajectory`; None where they have not been asked for.
     """
 
     input_ids_BS: Tensor
     position_ids_BS: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
     position_N: Tensor
     sampled_N: Tensor
     sequence_N: Tensor
@@ -40,8 +53,11 @@ class MicroBatch:
     block_N: Tensor
     block_index_S: Tensor
     num_blocks: int
+    token_N: Tensor
+    num_tokens: int
     real_N: Tensor
     mask_N: Tensor
+    num_counted: int
     old_logprobs_N: Tensor | None = None
     teacher_logprobs_N: Tensor | None = None
     teacher_support_NK: Tensor | None = None
@@ -57,6 +73,9 @@ class MicroBatch:
         return replace(self, **moved)
 
 
+# The place of a token that another context-parallel rank predicts.
+_ELSEWHERE = -1
+
 _PAYLOAD = {
     "old_logprobs_N": "old_logprobs_R",
     "teacher_logprobs_N": "teacher_logprobs_R",
@@ -67,29 +86,36 @@ _PAYLOAD = {
 
 
 def collate(
-    trajectories: Sequence[Trajectory], *, pad_id: int, length_multiple: int, token_multiple: int
+    trajectories: Sequence[Trajectory],
+    *,
+    pad_id: int,
+    length_multiple: int,
+    token_multiple: int,
+    packed: bool = False,
+    context_rank: int = 0,
+    context_size: int = 1,
 ) -> MicroBatch:
-    """Pad and flatten; an empty list gives a micro-batch that counts nothing.
+    """Pad or pack, cut and flatten; an empty list gives a micro-batch that counts nothing.
 
-    Ranks without trajectories in an optimizer step still have to take part in its collectives.
+    Ranks without trajectories in an optimizer step still have to take part in its collectives. Which token follows
+    which is settled on the whole sequence, before it is cut.
 
     Args:
         trajectories: with non-empty responses.
         pad_id: any id of the vocabulary; what it predicts is never read.
         length_multiple: S is a multiple of it (the tensor-parallel size under sequence parallelism).
         token_multiple: N is a multiple of it.
+        packed: lay the sequences one after the other instead of padding them to the longest.
+        context_rank, context_size: which shard of every sequence, out of how many.
     """
     sequences = [torch.tensor(t.prompt_ids + t.response_ids) for t in trajectories] or [torch.tensor([pad_id, pad_id])]
-    length = -(-max(len(s) for s in sequences) // length_multiple) * length_multiple
-    batch = len(sequences)
-    input_ids_BS = torch.full((batch, length), pad_id, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids_BS[row, : len(sequence)] = sequence
+    padded = _padded_lengths([len(s) for s in sequences], length_multiple, packed, context_size)
+    held = [zigzag(length, context_rank, context_size) for length in padded]
+    ids = [F.pad(s, (0, n - len(s)), value=pad_id)[here] for s, n, here in zip(sequences, padded, held)]
+    join = (lambda rows: torch.cat(rows)[None]) if packed else torch.stack
+    input_ids_BS, position_ids_BS = join(ids), join(held)
 
     lengths = [len(t.response_ids) for t in trajectories]
-    positions = [
-        (torch.arange(n) + len(t.prompt_ids) - 1) * batch + b for b, (t, n) in enumerate(zip(trajectories, lengths))
-    ]
     blocks, block_indices, num_blocks = [], [], 0
     for trajectory in trajectories:
         blocks.append(trajectory.block_R + num_blocks)
@@ -98,11 +124,13 @@ def collate(
         num_blocks += here
 
     num_tokens = sum(lengths)
-    keep_N, real_N = pad_to_multiple(torch.arange(num_tokens), token_multiple)
+    places = _places(trajectories, padded, held, packed)
+    place_M = torch.cat(places) if num_tokens else torch.full((1,), _ELSEWHERE)
+    token_N, real_N = pad_to_multiple((place_M != _ELSEWHERE).nonzero()[:, 0], token_multiple)
 
     def flat(parts: Sequence[Tensor]) -> Tensor:
         whole = torch.cat(list(parts)) if num_tokens else torch.zeros(1, dtype=torch.int64)
-        return whole[keep_N]
+        return whole[token_N]
 
     payload = {}
     for name, source in _PAYLOAD.items():
@@ -116,15 +144,70 @@ def collate(
             payload[name] = flat(parts)
     return MicroBatch(
         input_ids_BS=input_ids_BS,
-        position_ids_BS=torch.arange(length).expand(batch, -1).contiguous(),
-        position_N=flat(positions),
+        position_ids_BS=position_ids_BS,
+        cu_seqlens=torch.tensor([0, *accumulate(padded)], dtype=torch.int32) if packed else None,
+        max_seqlen=max(padded),
+        # A rank that predicts no token at all has filler only: any hidden state will do.
+        position_N=place_M[token_N].clamp(min=0),
         sampled_N=flat([torch.tensor(t.response_ids) for t in trajectories]),
         sequence_N=flat([torch.full((n,), b) for b, n in enumerate(lengths)]),
-        num_sequences=batch,
+        num_sequences=len(sequences),
         block_N=flat(blocks),
         block_index_S=torch.cat(block_indices) if block_indices else torch.zeros(1, dtype=torch.int64),
         num_blocks=max(num_blocks, 1),
+        token_N=token_N,
+        num_tokens=num_tokens,
         real_N=real_N,
         mask_N=real_N & flat([t.counts for t in trajectories]).bool(),
+        num_counted=sum(int(t.counts.sum()) for t in trajectories),
         **payload,
     )
+
+
+def _places(
+    trajectories: Sequence[Trajectory], padded: Sequence[int], held: Sequence[Tensor], packed: bool
+) -> list[Tensor]:
+    """Of each response, the flat positions of the hidden states that predict its tokens."""
+    places, start = [], 0
+    for b, (trajectory, length, here) in enumerate(zip(trajectories, padded, held)):
+        local = torch.arange(len(here))
+        place = torch.full((length,), _ELSEWHERE)
+        place[here] = start + local if packed else local * len(trajectories) + b
+        start += len(here)
+        first = len(trajectory.prompt_ids) - 1
+        places.append(place[first : first + len(trajectory.response_ids)])
+    return places
+
+
+def _padded_lengths(lengths: Sequence[int], length_multiple: int, packed: bool, context_size: int) -> list[int]:
+    """What each sequence is padded to: the chunks of `zigzag` are equal, and a rank's S has its multiple."""
+    chunks = 2 * context_size if context_size > 1 else 1
+    multiple = math.lcm(chunks, context_size * length_multiple)
+    if not packed:
+        return [_up(max(lengths), multiple)] * len(lengths)
+    padded = [_up(length, chunks) for length in lengths]
+    padded[-1] += -sum(padded) % multiple
+    return padded
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def by_tokens(trajectories: Sequence[Trajectory], budget: int) -> list[list[Trajectory]]:
+    """Micro-batches of at most `budget` prompt and response tokens, a longer sequence by itself.
+
+    The longest sequence goes first, each into the first micro-batch with room for it: few micro-batches, and the same
+    ones on every rank that holds the same sequences.
+    """
+    lengths = [len(t.prompt_ids) + len(t.response_ids) for t in trajectories]
+    chunks: list[list[Trajectory]] = []
+    room: list[int] = []
+    for i in sorted(range(len(trajectories)), key=lambda i: -lengths[i]):
+        into = next((n for n, free in enumerate(room) if lengths[i] <= free), len(chunks))
+        if into == len(chunks):
+            chunks.append([])
+            room.append(budget)
+        chunks[into].append(trajectories[i])
+        room[into] -= lengths[i]
+    return chunks

@@ -12,8 +12,8 @@ from torch import Tensor
 class Trajectory:
     """A response to one prompt, on the host. R = response tokens, K = support size.
 
-    The sampler fills the first group; the teacher and the trainer fill the second, on the ranks that need it (all
-    tensor-parallel ranks of the last pipeline stage).
+    The sampler fills the first group; the teacher and the trainer fill the second, on the ranks that need it (all of
+    its replica's last pipeline stage).
 
     Attributes:
         problem: index of the prompt.

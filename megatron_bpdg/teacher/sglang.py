@@ -63,7 +63,7 @@ class SGLangTeacher:
         self.cfg, self.needs, self.temperature = cfg, needs, temperature
         self.vocab_size, self.groups = vocab_size, groups
         self.dtype = _DTYPES[cfg.payload_dtype]
-        self.leader = groups.is_last_stage and groups.tensor.rank() == 0
+        self.leader = groups.leads
         self.pool = ServerPool(cfg.servers, "teacher", api_key, self._is_the_same)
         # By identity; holding the trajectory keeps its identity its own.
         self._asked: dict[int, tuple[Trajectory, Future[Scored]]] = {}
@@ -105,7 +105,7 @@ class SGLangTeacher:
                 self._asked[id(trajectory)] = trajectory, self._background.submit(_item(answers, position))
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
-        """Fill in the teacher fields of every trajectory, on all tensor-parallel ranks of the last stage.
+        """Fill in the teacher fields of every trajectory, on all ranks of the last stage.
 
         Raises:
             ServingError: the same on every rank, when the servers are past helping or their weights changed.
@@ -120,7 +120,7 @@ class SGLangTeacher:
             except (ServerError, ServingError) as error:
                 problem = str(error)
         _raise_everywhere(problem)
-        if self.groups.is_last_stage and self.groups.tensor.size() > 1:
+        if self.groups.is_last_stage and self.groups.stage.size() > 1:
             self._hand_round(trajectories)
 
     def close(self) -> None:
@@ -136,9 +136,9 @@ class SGLangTeacher:
             trajectory.teacher_support_logprobs_RK = (scored.support_logprobs_RK / self.temperature).to(self.dtype)
 
     def _hand_round(self, trajectories: Sequence[Trajectory]) -> None:
-        """Broadcast the leader's payload to the other tensor-parallel ranks, response by response."""
+        """Broadcast the leader's payload to the other ranks of the stage, response by response."""
         device = default_device()
-        source = dist.get_process_group_ranks(self.groups.tensor)[0]
+        source = dist.get_process_group_ranks(self.groups.stage)[0]
         for t in trajectories:
             R, K = len(t.response_ids), self.needs.top_k
             fields: list[tuple[str, tuple[int, ...], torch.dtype]] = [("teacher_logprobs_R", (R,), self.dtype)]
@@ -148,7 +148,7 @@ class SGLangTeacher:
             for name, shape, dtype in fields:
                 held: Tensor | None = getattr(t, name)
                 tensor = (torch.empty(shape, dtype=dtype) if held is None else held).to(device)
-                dist.broadcast(tensor, src=source, group=self.groups.tensor)
+                dist.broadcast(tensor, src=source, group=self.groups.stage)
                 setattr(t, name, tensor.cpu())
 
     async def _score(self, batch: Sequence[Trajectory]) -> list[Scored]:
@@ -259,7 +259,7 @@ def served_model(servers: Servers, api_key: str | None) -> Path:
 
     async def ask() -> Path:
         async with Server(servers.urls[0], servers.timeout_s, api_key) as server:
-            return Path((await server.get("/model_info", timeout_s=30.0))["model_path"])
+            return Path((await server.model_info())["model_path"])
 
     found: list[Path | str] = [""]
     if dist.get_rank() == 0:

@@ -16,7 +16,7 @@ class Teacher(Protocol):
         ...
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
-        """Fill in the teacher fields of every trajectory, on all tensor-parallel ranks of the last stage."""
+        """Fill in the teacher fields of every trajectory, on all ranks of the last stage."""
         ...
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ def build_teacher(
     if cfg.teacher.engine == "megatron":
         model = build_model(shape, cfg.layout, DTYPES[cfg.teacher.dtype])
         load_weights([model], source)
-        policy = MegatronPolicy(model, shape, cfg.layout, packed=student.packed)
+        policy = MegatronPolicy(model, shape, cfg.layout, packed=student.packed, head=student.head)
         return MegatronTeacher(policy, needs, temperature, offload=cfg.teacher.offload)
     assert cfg.teacher.servers is not None
     teacher = SGLangTeacher(

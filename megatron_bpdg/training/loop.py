@@ -22,6 +22,7 @@ from megatron_bpdg.evaluation.evaluate import grade_all
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.world import world
+from megatron_bpdg.rollout.batch import by_tokens
 from megatron_bpdg.rollout.groups import GroupSampler
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.scoring import Scores, score
@@ -164,12 +165,16 @@ def split(
     order = np.arange(len(trajectories))
     if epoch > 0:
         order = np.random.default_rng([cfg.seed, SHUFFLE, step, epoch]).permutation(order)
-    size = cfg.training.micro_batch_size
+    size, tokens = cfg.training.micro_batch_size, cfg.training.micro_batch_tokens
     updates = []
     for update in np.array_split(order, min(parts or cfg.training.minibatches, len(order))):
         chosen = [trajectories[i] for i in update]
         mine = [t for t in chosen if t.index % student.groups.data_size == student.groups.data_rank]
-        updates.append([mine[i : i + size] for i in range(0, len(mine), size)] or [[]])
+        if tokens is not None:
+            chunks = by_tokens(mine, tokens * cfg.layout.context_parallel)
+        else:
+            chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
+        updates.append(chunks or [[]])
     return updates
 
 
@@ -188,14 +193,13 @@ def set_old_logprobs(
             trajectory.old_logprobs_R = trajectory.sampler_logprobs_R
         return {}
     sums = torch.zeros(3, dtype=torch.float64)
-    counts_here = student.groups.is_last_stage and student.groups.tensor.rank() == 0
 
     def store(trajectory: Trajectory, scores: Scores) -> None:
         trajectory.old_logprobs_R = scores["logprobs"].float()
         difference = trajectory.old_logprobs_R.double() - trajectory.sampler_logprobs_R.double()
         if trajectory.version_R is not None:
             difference = difference[trajectory.version_R == version]
-        if counts_here:
+        if student.groups.leads:
             k3 = torch.expm1(difference) - difference
             sums.add_(torch.stack([torch.ones_like(difference).sum(), difference.abs().sum(), k3.sum()]))
 

@@ -29,6 +29,7 @@ from megatron_bpdg.config.schema import (
     Sampling,
     SequencePartition,
     TokenPartition,
+    Training,
 )
 from megatron_bpdg.data.graders import Grader, get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft
@@ -38,7 +39,8 @@ from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
-from megatron_bpdg.objectives.objective import build_objective
+from megatron_bpdg.objectives.objective import TeacherNeeds, build_objective
+from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.teacher import Teacher
@@ -219,7 +221,14 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
     load_weights([model], source)
     module = wrap(model, cfg.layout)
     optimizer, scheduler = build_optimizer(module, cfg.layout, cfg.training, dtype, total_updates)
-    student = MegatronPolicy(module, shape, cfg.layout, packed=cfg.training.micro_batch_tokens is not None)
+    objective = build_objective(cfg.objective)
+    student = MegatronPolicy(
+        module,
+        shape,
+        cfg.layout,
+        packed=cfg.training.micro_batch_tokens is not None,
+        head=build_head(cfg.training, objective.needs),
+    )
     gate_config = cfg.gate or GateConfig(tau=0.0)
     return Run(
         cfg=cfg,
@@ -233,7 +242,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
             student,
             module,
             optimizer,
-            build_objective(cfg.objective),
+            objective,
             Gate(gate_config.tau, gate_config.aggregator, gate_config.unit_mean, gate_config.clip_min),
             temperature=1.0 if cfg.kind == "sft" else cfg.rollout.sampling.temperature,
         ),
@@ -242,6 +251,16 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         engine=build_engine(cfg, folder, student, tokenizer),
         benchmarks=benchmarks,
     )
+
+
+def build_head(cfg: Training, needs: TeacherNeeds) -> Head:
+    """The head that a config section names, one for all passes of a run.
+
+    Old log-probs and the first update must read the vocabulary alike, for drift to be exactly zero there.
+    """
+    if cfg.head == "auto":
+        return Head("materialised" if needs.full else "chunked", cfg.head_chunk_mb)
+    return Head(cfg.head, cfg.head_chunk_mb)
 
 
 def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:

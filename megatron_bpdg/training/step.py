@@ -21,6 +21,7 @@ from megatron_bpdg.drift.diagnostics import drift_by_block, drift_statistics, dr
 from megatron_bpdg.drift.gate import Gate
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.objectives.objective import Objective, TeacherSignal
+from megatron_bpdg.objectives.vocabulary import VocabOps
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.sequence import sum_over
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
@@ -90,8 +91,8 @@ class Updater:
         groups = policy.groups
         # Sequence parallelism spreads the tokens too: each rank keeps, and counts, its own shard of them.
         self.scattered = policy.layout.sequence_parallel
-        self.reduce = sum_over([groups.tensor] if self.scattered else [])
-        self.owns_blocks = groups.is_last_stage and groups.tensor.rank() == 0
+        self.reduce = sum_over([groups.tensor, groups.context] if self.scattered else [groups.context])
+        self.owns_blocks = groups.leads
         self.owns_tokens = groups.is_last_stage and (self.scattered or groups.tensor.rank() == 0)
 
     def update(self, batches: Sequence[MicroBatch]) -> StepReport:
@@ -146,7 +147,8 @@ class Updater:
 
     def loss(self, hidden_SBH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(weighted loss sum over this rank's tokens, detached sums for `totals`)."""
-        if not bool(batch.mask_N.any()):
+        # Not where this rank alone has none of its tokens: the sums over blocks are collective.
+        if batch.num_counted == 0:
             return hidden_SBH.sum() * 0.0, self._no_totals()
         student = self.policy.vocab_ops(hidden_SBH, batch, self.temperature, scattered=self.scattered)
         with torch.set_grad_enabled(self.objective.differentiates_logprob):
@@ -193,7 +195,7 @@ class Updater:
             drift = drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks)
         return loss_sum, torch.cat([sums, drift])
 
-    def _teacher(self, student: ParallelVocab, batch: MicroBatch) -> TeacherSignal:
+    def _teacher(self, student: VocabOps, batch: MicroBatch) -> TeacherSignal:
         if batch.teacher_logprobs_N is None:
             if self.objective.needs.sampled:
                 raise ValueError("the responses carry no teacher log-probs: score them with the teacher first")

@@ -125,6 +125,7 @@ def test_how_the_work_is_done_does_not_change_the_run(miniature: Miniature, tmp_
     ways: dict[str, dict[str, Any]] = {
         "reference": {},
         "micro-batches": {"training": {"micro_batch_size": 3}},
+        "packed": {"training": {"micro_batch_size": 1, "micro_batch_tokens": 45}},
         "recompute": {"training": {"recompute": True}},
         "offload": {"teacher": {"offload": True}},
         "sampler-batch": {"rollout": {"batch_size": 3}},
@@ -190,6 +191,7 @@ class Runs:
     sft: Path
     opd: Path
     opd_config: Path
+    sharded: Path
 
 
 def bpdg(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -214,7 +216,10 @@ OPD_TRAINING = {"steps": 2, "lr": 2e-3}
 
 @pytest.fixture(scope="module")
 def runs(miniature: Miniature, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Supervised training on two replicas from fresh weights, then distillation at tensor parallelism 2."""
+    """Supervised training on two replicas from fresh weights, then distillation at tensor parallelism 2.
+
+    `sharded` is the same distillation of packed sequences at context parallelism 2.
+    """
     root = tmp_path_factory.mktemp("runs")
     test = str(miniature.task / "test.jsonl")
     supervised = {
@@ -242,7 +247,10 @@ def runs(miniature: Miniature, tmp_path_factory: pytest.TempPathFactory) -> Runs
         {"training": OPD_TRAINING},
     )
     succeeded(bpdg("train", config, "training.minibatches=3", "--overwrite"))
-    return Runs(root / "sft", root / "opd", config)
+    overrides = [f"output={root / 'sharded'}", "layout={context_parallel: 2}"]
+    overrides += [f"training.{field}" for field in ("minibatches=3", "micro_batch_size=1", "micro_batch_tokens=24")]
+    succeeded(bpdg("train", config, *overrides))
+    return Runs(root / "sft", root / "opd", config, root / "sharded")
 
 
 def test_supervised_training_on_two_replicas_learns(runs: Runs) -> None:
@@ -252,33 +260,40 @@ def test_supervised_training_on_two_replicas_learns(runs: Runs) -> None:
     assert [record["step"] for record in read_lines(runs.sft / "eval.jsonl")] == [20]
 
 
-def test_tensor_parallel_run_equals_one_process(runs: Runs, miniature: Miniature, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def single(runs: Runs, miniature: Miniature, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The distillation of `runs` in one process."""
+    output = tmp_path_factory.mktemp("single") / "run"
     distill(
         miniature.config(
-            tmp_path / "single",
+            output,
             {"student": {"checkpoint": str(runs.sft / "checkpoints")}},
             NEWLINE,
             LSM,
             {"training": {**OPD_TRAINING, "minibatches": 3}},
         )
     )
-    parallel, single = metrics(runs.opd), metrics(tmp_path / "single")
+    return output
+
+
+@pytest.mark.parametrize("name", ["opd", "sharded"])
+def test_parallel_run_equals_one_process(name: str, runs: Runs, single: Path) -> None:
+    run: Path = getattr(runs, name)
+    parallel, reference = metrics(run), metrics(single)
     assert [record["train/updates"] for record in parallel] == [6, 6]
-    for record, expected in zip(parallel, single, strict=True):
-        for name in ("loss/opd", "actor/entropy", "gate/mean", "gate/ess", "drift/abs_mean", "train/grad_norm"):
-            assert record[name] == pytest.approx(expected[name], abs=1e-4), name
+    for record, expected in zip(parallel, reference, strict=True):
+        for metric in ("loss/opd", "actor/entropy", "gate/mean", "gate/ess", "drift/abs_mean", "train/grad_norm"):
+            assert record[metric] == pytest.approx(expected[metric], abs=1e-4), metric
         assert record["train/tokens"] == expected["train/tokens"]
-    assert (runs.opd / "samples.jsonl").read_text() == (tmp_path / "single" / "samples.jsonl").read_text()
-    for row, expected_row in zip(
-        read_lines(runs.opd / "drift.jsonl"), read_lines(tmp_path / "single" / "drift.jsonl"), strict=True
-    ):
+    assert (run / "samples.jsonl").read_text() == (single / "samples.jsonl").read_text()
+    for row, expected_row in zip(read_lines(run / "drift.jsonl"), read_lines(single / "drift.jsonl"), strict=True):
         assert row["tokens_by_block"] == expected_row["tokens_by_block"]
         assert row["abs_drift_by_block"] == pytest.approx(expected_row["abs_drift_by_block"], abs=1e-4)
         if row["update"] == 0:
             assert set(row["abs_drift_by_block"]) == {0.0}
-    other = weights(tmp_path / "single" / "checkpoints")
-    for name, tensor in weights(runs.opd / "checkpoints").items():
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-3)
+    other = weights(single / "checkpoints")
+    for weight, tensor in weights(run / "checkpoints").items():
+        torch.testing.assert_close(tensor, other[weight], rtol=0, atol=1e-3)
 
 
 def test_report_of_a_run(runs: Runs) -> None:

@@ -70,3 +70,30 @@ def trajectories(count: int = 7, vocab: int = VOCAB) -> list[Trajectory]:
             )
         )
     return made
+
+
+def edge_cases(vocab: int = VOCAB) -> list[Trajectory]:
+    """Responses that sharding and masking could get wrong, in blocks of 4.
+
+    Two tokens in all, fewer than a context-parallel group has chunks; a prompt of half the sequence, which ends at a
+    chunk's border wherever the sequence is not padded; masks with holes, with a block of nothing, with one token.
+    """
+    masks = [[True], [True] * 8, [False, True, True] + [False] * 5 + [True, False, True] + [True] * 2]
+    masks.append([False] * 6 + [True] + [False] * 2)
+    made = []
+    for index, (prompt_tokens, mask) in enumerate(zip((1, 8, 3, 5), masks), start=100):
+        generator = torch.Generator().manual_seed(index)
+        response = torch.randint(vocab, (len(mask),), generator=generator).tolist()
+        made.append(
+            Trajectory(
+                problem=index,
+                sample=0,
+                prompt_ids=torch.randint(vocab, (prompt_tokens,), generator=generator).tolist(),
+                response_ids=response,
+                sampler_logprobs_R=-2.0 - torch.rand(len(response), generator=generator),
+                finished=True,
+                mask_R=torch.tensor(mask),
+                block_R=FixedBlocks(4)(torch.tensor(response)),
+            )
+        )
+    return made

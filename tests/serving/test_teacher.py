@@ -95,19 +95,15 @@ def test_the_same_as_in_process(miniature: Miniature, teacher_server: Any, tempe
     [
         Layout(tensor_parallel=2, sequence_parallel=True),
         Layout(data_parallel=2),
+        Layout(context_parallel=2),
         Layout(pipeline_parallel=2),
     ],
-    ids=["tp2", "dp2", "pp2"],
+    ids=["tp2", "dp2", "cp2", "pp2"],
 )
 def test_every_rank_that_needs_it_gets_the_payload(miniature: Miniature, teacher_server: Any, layout: Layout) -> None:
     results = run_ranks(score_both, 2, miniature.teacher, teacher_server.url, layout, 1.0, {})
     held = [len(ours) for _, ours in results]
-    assert (
-        held
-        == {"tensor": [6, 6], "data": [3, 3], "pipeline": [0, 6]}[
-            "tensor" if layout.tensor_parallel > 1 else "data" if layout.data_parallel > 1 else "pipeline"
-        ]
-    )
+    assert held == ([3, 3] if layout.data_parallel > 1 else [0, 6] if layout.pipeline_parallel > 1 else [6, 6])
     for theirs, ours in results:
         assert len(theirs) == len(ours)
         if ours:

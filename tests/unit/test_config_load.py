@@ -151,6 +151,26 @@ def test_conflicts_between_sections(write: Any) -> None:
     assert problems(write(MINIMAL), "teacher=null") == ["kind: opd needs a `teacher` section"]
 
 
+def test_micro_batches_have_one_measure(write: Any) -> None:
+    path = write(MINIMAL)
+    assert problems(path, "training.micro_batch_size=2", "training.micro_batch_tokens=4096") == [
+        "training: micro_batch_size: 2 and micro_batch_tokens: 4096 exclude each other: remove micro_batch_size to "
+        "fill micro-batches by tokens"
+    ]
+    assert problems(path, "training.micro_batch_tokens=0") == [
+        "training.micro_batch_tokens = 0: should be greater than or equal to 1"
+    ]
+
+
+def test_every_way_of_sharing_counts_as_processes(write: Any) -> None:
+    layout = "layout={tensor_parallel: 2, pipeline_parallel: 3, context_parallel: 4, data_parallel: 5}"
+    assert load_config(write(MINIMAL), [layout]).layout.world_size == 120
+    assert problems(write(MINIMAL), "layout={context_parallel: 2, expert_parallel: 4}") == [
+        "layout: expert_parallel x expert_tensor_parallel = 4 x 1 = 4 must divide tensor_parallel x context_parallel x "
+        "data_parallel = 1 x 2 x 1 = 2: experts are spread over those ranks"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

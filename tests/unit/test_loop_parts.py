@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.config.schema import Layout, RunConfig
 from megatron_bpdg.drift import FixedBlocks
 from megatron_bpdg.models.policy import to_batches
 from megatron_bpdg.rollout.trajectory import Trajectory
@@ -35,10 +35,11 @@ def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0) -> Ru
 
 def student(data_rank: int = 0, data_size: int = 1, vocab: int = 50) -> Any:
     return SimpleNamespace(
-        groups=SimpleNamespace(data_rank=data_rank, data_size=data_size),
+        groups=SimpleNamespace(data_rank=data_rank, data_size=data_size, context=SimpleNamespace(rank=lambda: 0)),
         shape=SimpleNamespace(vocab_size=vocab),
-        layout=SimpleNamespace(tensor_parallel=1),
+        layout=Layout(),
         length_multiple=1,
+        packed=False,
     )
 
 

@@ -115,6 +115,13 @@ def test_enabling_twice_is_enabling_once() -> None:
     assert torch.zeros is original
 
 
+def test_memory_cannot_be_pinned_and_need_not_be() -> None:
+    with pytest.raises(RuntimeError, match="pin_memory"):
+        torch.tensor([1], pin_memory=True)
+    enable_cpu_platform()
+    assert torch.tensor([1], device="cpu", pin_memory=True).cuda(non_blocking=True).tolist() == [1]
+
+
 def test_context_manager_restores_after_an_error() -> None:
     original = torch.cuda.current_device
     seen = []

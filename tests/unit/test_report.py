@@ -67,7 +67,13 @@ def test_report_is_complete_and_self_contained(run_dir: Path) -> None:
     page = path.read_text()
     svgs = check_page(page)
     assert len(svgs) == 2 + 4 + 2 + 4 + 1 + 2 + 4 + 3
-    for text in ("0.22 M parameters", "newline spans", "TP2 × PP1 × DP1, sequence parallel", "80 of 100", "lr: 0.001"):
+    for text in (
+        "0.22 M parameters",
+        "newline spans",
+        "TP2 × PP1 × CP1 × DP1, sequence parallel",
+        "80 of 100",
+        "lr: 0.001",
+    ):
         assert text in page, text
     for title in ("Gate", "Mean block drift by epoch, nats", "Block drift, epoch 1", "arithmetic: pass@8, %"):
         assert f">{title}</text>" in page, title
