@@ -33,6 +33,8 @@ class DistLayout:
     expert_tensor: int = 1
     # Megatron-Core's spellings: layers stacked; one key per layer; one key per layer and expert, gate and up apart
     keys: str = "stacked"
+    # Its own torch-only spec keeps the norm before experts under the key of the dense MLP's fused norm.
+    fused_norms: bool = False
 
 
 def save_dist(hf: Path, path: Path, layout: DistLayout, *, padded_rows: int | None = None) -> Path:
@@ -72,6 +74,8 @@ def save_dist(hf: Path, path: Path, layout: DistLayout, *, padded_rows: int | No
 def _place(weight: Weight, layout: DistLayout, num_layers: int) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """Stored key, index in its leading dimensions, and their sizes."""
     key, lead, sizes = weight.key, [], []
+    if layout.fused_norms:
+        key = key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
     if layout.keys == "stacked" and key.startswith("decoder.layers."):
         layer = key.split(".")[2]
         key = key.replace(f"decoder.layers.{layer}.", "decoder.layers.")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.files import write_text
+from megatron_bpdg.checkpoint.files import fsync_path, write_text
 from megatron_bpdg.checkpoint.patterns import Weight
 
 RECORDS = ".done"
@@ -195,6 +195,7 @@ def _write_file(
     except _Stopped:
         return
     temporary.rename(target)
+    fsync_path(target.parent)
     write_text(_record_file(directory, file.name), json.dumps({"size": stream.size, "crc32": stream.crc32, **record}))
 
 

@@ -71,7 +71,7 @@ def examples(draw: st.DrawFn) -> Example:
         fields=fields,
         shard_size=draw(st.sampled_from([300, 4000, 10**9])),
         padded_rows=-(-vocab // 8) * 8 + draw(st.sampled_from([0, 8])),
-        dist=DistLayout(tp, etp, draw(st.sampled_from(keys))),
+        dist=DistLayout(tp, etp, draw(st.sampled_from(keys)), fused_norms=draw(st.booleans())),
         legacy=LegacyLayout(tp, pipeline, virtual, ep, etp, draw(st.sampled_from(specs))),
     )
 

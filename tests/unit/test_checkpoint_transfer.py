@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpdg.checkpoint import files
+from megatron_bpdg.checkpoint import convert, files
 from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.partial import partial_path
@@ -170,6 +170,60 @@ def test_the_other_direction_continues_too(hf: Path, tmp_path: Path, monkeypatch
     back = megatron_to_hf(megatron, tmp_path / "back", options=SMALL)
     assert count[0] - before == len(list(back.glob("*.safetensors"))) - len(kept)
     assert compare_hf(hf, back) == []
+
+
+def test_a_file_damaged_meanwhile_is_written_again(tmp_path: Path) -> None:
+    (tmp_path / ".done").mkdir()
+    output = OutputFile("f", 16, [(weights(1)[0], 10)], write_all)
+    transfer([output], tmp_path, lambda weight: torch.ones(4), workers=1, memory=100, advance=lambda n: None)
+    assert is_complete(tmp_path, "f")
+    content = bytearray((tmp_path / "f").read_bytes())
+    content[5] ^= 1
+    (tmp_path / "f").write_bytes(content)
+    assert not is_complete(tmp_path, "f")
+    (tmp_path / "f").write_bytes(content[:-1])
+    assert not is_complete(tmp_path, "f")
+
+
+def test_everything_is_flushed_before_it_gets_its_name(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name on disk without its content would look like a checkpoint after a power failure."""
+    flushed: set[str] = set()
+    fsync, rename = os.fsync, Path.rename
+    renamed = []
+
+    def recording_fsync(descriptor: int) -> None:
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def checked_rename(self: Path, target: Path) -> Path:
+        assert str(self) in flushed, self
+        renamed.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", checked_rename)
+    target = hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
+    assert {file.name for file in target.rglob("*.distcp")} | {"megatron"} == set(renamed)
+    assert str(tmp_path) in flushed
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "megatron"
+    write = convert.write_dist_common
+
+    def appear(building: Path, config: dict[str, Any]) -> None:
+        write(building, config)
+        target.mkdir()
+        (target / "mine").write_text("precious")
+
+    monkeypatch.setattr(convert, "write_dist_common", appear)
+    with pytest.raises(FileExistsError, match="megatron exists: choose another destination"):
+        hf_to_megatron(hf, target)
+    assert [file.name for file in target.iterdir()] == ["mine"]
 
 
 def test_another_conversion_is_not_continued(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
