@@ -16,7 +16,6 @@ from torch.distributed.distributed_c10d import (
     _new_process_group_helper,
     _world,
 )
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.serving.client import ServerError
@@ -148,7 +147,7 @@ class DistributedSync:
             },
         )
         try:
-            self._group = _make_group(f"tcp://{address}:{port}", world, name, backend, self.timeout_s)
+            self._group = _make_group(address, port, world, name, backend, self.timeout_s)
             self._name = name
         except (RuntimeError, ValueError) as error:
             joined()
@@ -222,16 +221,16 @@ def _tell(again: bool) -> bool:
     return word[0]
 
 
-def _make_group(address: str, world: int, name: str, backend: str, timeout_s: float) -> dist.ProcessGroup:
+def _make_group(address: str, port: int, world: int, name: str, backend: str, timeout_s: float) -> dist.ProcessGroup:
     """A process group beside the default one, as SGLang makes its side of it (`init_custom_process_group`)."""
     timeout = timedelta(seconds=timeout_s)
-    store, rank, size = next(rendezvous(address, 0, world, timeout=timeout))
-    store.set_timeout(timeout)
+    # Not torch's rendezvous: under torchrun it waits for torchrun's own store at this address, which nobody serves.
+    store = dist.TCPStore(address, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
     prefixed = PrefixStore(name, store)
     group, _ = _new_process_group_helper(
-        size, rank, [], Backend(backend), prefixed, group_name=GroupName(name), backend_options=None, timeout=timeout
+        world, 0, [], Backend(backend), prefixed, group_name=GroupName(name), backend_options=None, timeout=timeout
     )
-    _world.pg_group_ranks[group] = {i: i for i in range(size)}
+    _world.pg_group_ranks[group] = {i: i for i in range(world)}
     return group
 
 
