@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bpdg.objectives.vocabulary import check_ids, check_topk, ordered_topk
-from megatron_bpdg.parallel.sparse import Gather, SparseIds, dot
+from megatron_bpdg.parallel.sparse import Gather, RowPairs, SparseIds
 from megatron_bpdg.parallel.vocab import TokenLayout, best_candidates, merge_topk, shard_columns, topk_filler
 from megatron_bpdg.parallel.weight_gradient import WeightGradient
 
@@ -97,7 +97,7 @@ class ChunkedVocab:
         column_N = ids_N - self.first_id
         lse_N = self.sweep().lse_N
         with torch.no_grad():
-            logits_N1 = dot(self.hidden_NH, self.weight_VH, self._sparse(ids_N[:, None]))
+            logits_N1 = self.pairs(ids_N[:, None]).dot(self.hidden_NH, self.weight_VH)
             value_n = self.layout.reduce(logits_N1)[:, 0] - self.rows(lse_N)
         return self._bind(value_n, Term(lse_N, column_N=column_N))
 
@@ -107,7 +107,7 @@ class ChunkedVocab:
 
     def gather(self, ids_NK: Tensor) -> Tensor:
         check_ids(ids_NK, self.vocab_size)
-        return Gather.apply(self.hidden_NH, self.weight_VH, self._sparse(ids_NK), self.layout, self.accumulate)
+        return Gather.apply(self.hidden_NH, self.weight_VH, self.pairs(ids_NK), self.layout, self.accumulate)
 
     @torch.no_grad()
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,8 @@ class ChunkedVocab:
         column_N, grad_N = torch.where(here_N, column_N, 0), torch.where(here_N, grad_N, 0.0)
         return grad_Nv.scatter_add_(1, column_N[:, None], grad_N[:, None])
 
-    def _sparse(self, ids_NK: Tensor) -> SparseIds:
+    def pairs(self, ids_NK: Tensor) -> RowPairs:
+        """K ids for each token, for products with their rows."""
         return SparseIds.of_shard(ids_NK - self.first_id, self.num_valid, self.temperature, self.chunk_bytes)
 
     def _bind(self, value_n: Tensor, term: Term) -> Tensor:

@@ -2,7 +2,8 @@
 
 The forward sweep is one kernel: tiles of logits live in registers and leave running statistics, nothing else. The
 backward recomputes a chunk with the vendor's matrix product, turns it into its gradient in place with one elementwise
-kernel, and leaves the two other products to the vendor again. A sweep that looks for a top-K is `ChunkedVocab`'s.
+kernel, and leaves the two other products to the vendor again. Logits of given ids have kernels of their own
+(`fused_sparse.py`). A sweep that looks for a top-K is `ChunkedVocab`'s.
 
 Logits are rounded to the dtype of the hidden states, as everywhere else, and everything after them is float32.
 """
@@ -18,11 +19,14 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from megatron_bpdg.parallel.chunked import ChunkedVocab, Term
+from megatron_bpdg.parallel.fused_sparse import FusedPairs
 
 BLOCK_TOKENS = 128
 BLOCK_COLUMNS = 128
 BLOCK_HIDDEN = 64
-# Enough programs to fill any GPU a few times over, whatever N is.
+# Parts of the vocabulary. Programs that run at the same time are those of all parts of a few blocks of tokens, whose
+# hidden states stay in the cache; and there are enough programs to fill any GPU a few times over, whatever N is.
+MIN_PARTS = 16
 MIN_PROGRAMS = 512
 
 _LSE, _LOGPROB, _ENTROPY = range(3)
@@ -47,10 +51,10 @@ class FusedVocab(ChunkedVocab):
         if k or not self.num_valid or not num_tokens:
             return super().sweep_shard(k)
         token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(self.num_valid, BLOCK_COLUMNS)
-        blocks_per_part = triton.cdiv(column_blocks, min(triton.cdiv(MIN_PROGRAMS, token_blocks), column_blocks))
+        blocks_per_part = triton.cdiv(column_blocks, max(MIN_PARTS, triton.cdiv(MIN_PROGRAMS, token_blocks)))
         num_parts = triton.cdiv(column_blocks, blocks_per_part)
         parts_3CN = self.hidden_NH.new_empty(3, num_parts, num_tokens, dtype=torch.float32)
-        _sweep[token_blocks, num_parts](
+        _sweep[num_parts, token_blocks](
             self.hidden_NH,
             self.weight_VH,
             parts_3CN,
@@ -66,9 +70,14 @@ class FusedVocab(ChunkedVocab):
             BLOCK_V=BLOCK_COLUMNS,
             BLOCK_H=BLOCK_HIDDEN,
             num_warps=8,
+            # So that two programs share a multiprocessor: one multiplies while the other takes exponentials.
+            maxnreg=128,
         )
         max_CN, sum_CN, shifted_CN = parts_3CN
         return max_CN, sum_CN, shifted_CN, None
+
+    def pairs(self, ids_NK: Tensor) -> FusedPairs:
+        return FusedPairs(ids_NK - self.first_id, self.num_valid, self.temperature)
 
     def chunk_gradient(
         self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
@@ -114,8 +123,8 @@ def _sweep(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
 ):
     """Statistics of one block of tokens over one part of the columns; see `ChunkedVocab.sweep_shard`."""
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_row = hidden + token.to(tl.int64)[:, None] * hidden_stride_n
     max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_n = tl.zeros((BLOCK_N,), tl.float32)

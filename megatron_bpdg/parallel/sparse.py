@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,25 @@ from megatron_bpdg.parallel.vocab import TokenLayout
 from megatron_bpdg.parallel.weight_gradient import WeightGradient
 
 
+class RowPairs(Protocol):
+    """K ids for each of N tokens, and the products of their rows of a shard with the tokens' hidden states."""
+
+    def dot(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        """Logits of this shard's ids, zero elsewhere: ``[N, K]``, float32 or float64.
+
+        Summed in float32 and rounded to the dtype of the hidden states, as logits of a matrix product are.
+        """
+
+    def hidden_gradient(self, grad_NK: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        """Of the hidden states, from that of the logits: ``[N, H]``."""
+
+    def weight_gradient(self, grad_NK: Tensor, hidden_NH: Tensor, weight_VH: Tensor, accumulate: bool) -> Tensor:
+        """Of the weight, repeated ids added up; see `WeightGradient` for `accumulate`."""
+
+
 @dataclass(frozen=True)
 class SparseIds:
-    """The entries of an ``[N, K]`` table that this rank's shard holds.
+    """`RowPairs` in torch: the entries of an ``[N, K]`` table that this rank's shard holds.
 
     Attributes:
         shape: (N, K).
@@ -49,18 +65,27 @@ class SparseIds:
         for entry_e, column_e in zip(self.entry_E.split(length), self.column_E.split(length)):
             yield entry_e, entry_e // self.shape[1], column_e
 
+    def dot(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        logits = hidden_NH.new_zeros(self.shape[0] * self.shape[1], dtype=dtype)
+        for entry_e, token_e, column_e in self.chunks(hidden_NH.shape[1]):
+            products_eH = hidden_NH[token_e].to(dtype).mul_(weight_VH[column_e])
+            logits[entry_e] = products_eH.sum(1).to(hidden_NH.dtype).to(dtype)
+        return logits.view(self.shape).div_(self.temperature)
 
-def dot(hidden_NH: Tensor, weight_VH: Tensor, ids: SparseIds) -> Tensor:
-    """Logits of this shard's entries, zero elsewhere: ``[N, K]``, float32 or float64.
+    def hidden_gradient(self, grad_NK: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        grad = grad_NK.flatten() / self.temperature
+        total_NH = torch.zeros_like(hidden_NH, dtype=grad.dtype)
+        for entry_e, token_e, column_e in self.chunks(hidden_NH.shape[1]):
+            total_NH.index_add_(0, token_e, weight_VH[column_e].to(grad.dtype).mul_(grad[entry_e][:, None]))
+        return total_NH.to(hidden_NH.dtype)
 
-    Summed in float32 and rounded to the dtype of the hidden states, as logits of a matrix product are.
-    """
-    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    logits = hidden_NH.new_zeros(ids.shape[0] * ids.shape[1], dtype=dtype)
-    for entry_e, token_e, column_e in ids.chunks(hidden_NH.shape[1]):
-        products_eH = hidden_NH[token_e].to(dtype).mul_(weight_VH[column_e])
-        logits[entry_e] = products_eH.sum(1).to(hidden_NH.dtype).to(dtype)
-    return logits.view(ids.shape).div_(ids.temperature)
+    def weight_gradient(self, grad_NK: Tensor, hidden_NH: Tensor, weight_VH: Tensor, accumulate: bool) -> Tensor:
+        grad = grad_NK.flatten() / self.temperature
+        total = WeightGradient(weight_VH, accumulate, grad.dtype)
+        for entry_e, token_e, column_e in self.chunks(hidden_NH.shape[1]):
+            total.add_rows(column_e, hidden_NH[token_e].to(grad.dtype).mul_(grad[entry_e][:, None]))
+        return total.result()
 
 
 class Gather(torch.autograd.Function):
@@ -68,30 +93,21 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, ids: SparseIds, layout: TokenLayout, accumulate: bool
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, pairs: RowPairs, layout: TokenLayout, accumulate: bool
     ) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH)
-        ctx.ids, ctx.layout, ctx.accumulate = ids, layout, accumulate
-        return layout.reduce(dot(hidden_NH, weight_VH, ids))
+        ctx.pairs, ctx.layout, ctx.accumulate = pairs, layout, accumulate
+        return layout.reduce(pairs.dot(hidden_NH, weight_VH))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_NH, weight_VH = ctx.saved_tensors
-        ids: SparseIds = ctx.ids
+        pairs: RowPairs = ctx.pairs
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-        grad = ctx.layout.expand(grads[0]).flatten().to(dtype) / ids.temperature
-        hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=dtype) if needs_hidden else None
-        weight_grad = WeightGradient(weight_VH, ctx.accumulate, dtype) if needs_weight else None
-        for entry_e, token_e, column_e in ids.chunks(hidden_NH.shape[1]):
-            grad_e1 = grad[entry_e][:, None]
-            if hidden_grad_NH is not None:
-                hidden_grad_NH.index_add_(0, token_e, weight_VH[column_e].to(dtype).mul_(grad_e1))
-            if weight_grad is not None:
-                weight_grad.add_rows(column_e, hidden_NH[token_e].to(dtype).mul_(grad_e1))
+        grad_NK = ctx.layout.expand(grads[0]).to(torch.promote_types(hidden_NH.dtype, torch.float32))
         return (
-            hidden_grad_NH.to(hidden_NH.dtype) if hidden_grad_NH is not None else None,
-            weight_grad.result() if weight_grad is not None else None,
+            pairs.hidden_gradient(grad_NK, hidden_NH, weight_VH) if needs_hidden else None,
+            pairs.weight_gradient(grad_NK, hidden_NH, weight_VH, ctx.accumulate) if needs_weight else None,
             None,
             None,
             None,

@@ -170,7 +170,7 @@ def refusals() -> list[str]:
     return messages
 
 
-def main_gradients() -> dict[str, float]:
+def main_gradients(make: type[ChunkedVocab] = ChunkedVocab) -> dict[str, float]:
     """Largest differences between the main gradient after two micro-batches and autograd's own sum."""
     layout = layouts()[0]
     ids_NK = torch.tensor([[1, 2, 1], [0, 6, 2], [4, 4, 4]])
@@ -185,14 +185,14 @@ def main_gradients() -> dict[str, float]:
         states = [torch.randn(3, 5, generator=generator) for _ in range(2)]
         weight_VH = torch.randn(8, 5, generator=generator).requires_grad_()
         for hidden_NH in states:
-            loss(ChunkedVocab(hidden_NH, weight_VH, 7, layout, chunk_mb=CHUNK_MB)).backward()
+            loss(make(hidden_NH, weight_VH, 7 * layout.size, layout, chunk_mb=CHUNK_MB)).backward()
         expected_VH, weight_VH.grad = weight_VH.grad, None
         assert expected_VH is not None
         hook = SimpleNamespace(main_grad=torch.zeros(8, 5), grad_added_to_main_grad=False, zero_out_wgrad=shared)
         vars(weight_VH).update(vars(hook))
         for hidden_NH in states:
             weight_VH.grad = None
-            loss(ChunkedVocab(hidden_NH, weight_VH, 7, layout, chunk_mb=CHUNK_MB, accumulate=True)).backward()
+            loss(make(hidden_NH, weight_VH, 7 * layout.size, layout, chunk_mb=CHUNK_MB, accumulate=True)).backward()
             assert weight_VH.grad_added_to_main_grad
             if shared:  # the data-parallel hook adds this to the main gradient, for the embeddings' sake
                 assert weight_VH.grad is not None

@@ -22,15 +22,18 @@ USED = ("float32",)
 
 
 def on_ranks() -> dict[str, Any]:
-    from megatron_bpdg.parallel import fused
-    from tests.parallel.test_chunked import of_logits
+    from megatron_bpdg.parallel import fused, fused_sparse
+    from tests.parallel.test_chunked import main_gradients, of_logits
 
     checks = {name: CHECKS[name] for name in NAMES}
     tiny = {"BLOCK_TOKENS": 4, "BLOCK_COLUMNS": 2, "BLOCK_HIDDEN": 4}
+    tiny_rows = {"BLOCK_IDS": 2, "BLOCK_HIDDEN": 4, "BLOCK_ENTRIES": 2, "BLOCK_ROW": 4}
     report: dict[str, Any] = {}
     for name, parts in (("one part", 1), ("many parts", 8)):
-        with mock.patch.multiple(fused, **tiny, MIN_PROGRAMS=parts):
+        patched = mock.patch.multiple(fused, **tiny, MIN_PARTS=1, MIN_PROGRAMS=parts)
+        with patched, mock.patch.multiple(fused_sparse, **tiny_rows):
             report[name] = parity(USED, of_logits(fused.FusedVocab, 100e-6), checks=checks)
+            report[f"main gradients, {name}"] = main_gradients(fused.FusedVocab)
     report["dtype"] = ""
     try:
         parity(["anywhere"], of_logits(fused.FusedVocab), checks={"entropy": CHECKS["entropy"]})
@@ -52,6 +55,10 @@ def test_kernels_give_dense_values_and_gradients(world_size: int, monkeypatch: p
             if not error.within(tolerance(CASES[case], check)):
                 bad[case, layout, check] = error
         assert not bad
+        for rank in ranks:
+            report = rank[f"main gradients, {parts}"]
+            assert len(report) == 6
+            assert not {name: error for name, error in report.items() if not error < 1e-5}
     assert all("computes in float32, not torch.float64" in rank["dtype"] for rank in ranks)
 
 
