@@ -5,7 +5,9 @@
 
 Writes results.json, results.md and results.svg. Each measurement runs in a process of its own. Tensor-parallel shards
 are emulated on one device by slicing the head: a rank's own work, without its collectives. Times are the best of the
-repeats: of CUDA events on a GPU, of the process's own CPU time elsewhere, which other processes disturb less.
+repeats: of CUDA events on a GPU, of the process's own CPU time elsewhere, which other processes disturb less. An
+implementation is only timed if it computes the gated loss: its gradients are compared with dense float64 ones first.
+"/ ceiling" is the rate at which the bare products were done, over the best rate of one large product on the machine.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def peak_bytes() -> int:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds, and bytes at the peak beyond the inputs, weights and gradients, of one implementation."""
-    from head_losses import Inputs, build, products
+    from head_losses import GRADIENT_ERROR, Inputs, build, gradient_error, products
 
     if not on_gpu():
         torch.set_num_threads(case["threads"])
@@ -93,7 +95,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
         try:
             # What is loaded and set up on first use is no part of a head's memory.
-            loss(Inputs.random(8, 16, 64, 4, dtype, device)).backward()
+            error = gradient_error(loss, case["objective"], dtype, device)
+            if error > GRADIENT_ERROR[dtype]:
+                return {"not_measured": f"its gradient is wrong: {error:.2g} of the largest entry"}
             if on_gpu():
                 torch.cuda.reset_peak_memory_stats()
             before = peak_bytes()
@@ -110,43 +114,63 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             if case["name"] != "compiled":
                 raise
             return {"not_measured": f"torch.compile: {str(error).splitlines()[0]}"}
-        return {**seconds, "extra_bytes": extra}
+        return {**seconds, "extra_bytes": extra, "gradient_error": error}
 
 
 def measured_apart(case: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a new process, so that its peak memory is its own."""
     child = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(case)], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(case)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     return result
 
 
-def machine(threads: int) -> dict[str, Any]:
+def ceiling(dtype: torch.dtype, repeats: int) -> float:
+    """FLOP/s of one large square product."""
+    size, device = (8192, "cuda") if on_gpu() else (2048, "cpu")
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: a @ b, repeats)
+
+
+def machine(case: dict[str, Any]) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if on_gpu() else f"{platform.processor() or platform.machine()} CPU"
-    return {"device": where, "threads": None if on_gpu() else threads, "torch": torch.__version__}
+    if not on_gpu():
+        torch.set_num_threads(case["threads"])
+    return {
+        "device": where,
+        "threads": None if on_gpu() else case["threads"],
+        "torch": torch.__version__,
+        "ceiling_flops": ceiling(getattr(torch, case["dtype"]), case["repeats"]),
+    }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: seconds, and ratios to the bare products and to materialised logits."""
-    lines = [
-        "| objective | H | T | shards | head | forward s | fwd + bwd s | / bare products | / materialised | extra MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(rows: list[dict[str, Any]], ceiling_flops: float) -> str:
+    """Markdown: seconds, and ratios to the bare products, to materialised logits and to the machine's best."""
+    names = ["objective", "H", "T", "shards", "head", "forward s", "fwd + bwd s", "/ bare products", "/ materialised"]
+    names += ["/ ceiling", "extra MB"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     found = {key(row): row for row in rows}
     for row in rows:
         if row["name"] in ("products", "gate"):
             continue
         start = f"| {row['objective']} | {row['hidden']} | {row['tokens']} | {row['shards']} | {row['name']} |"
         if "not_measured" in row:
-            lines.append(f"{start} not measured: {row['not_measured']} | | | | |")
+            lines.append(f"{start} not measured: {row['not_measured']} | | | | | |")
             continue
-        bare = found[key(row, "products", "sampled")]["three" if row["objective"] == "sampled" else "one"]
+        count, field = (3, "three") if row["objective"] == "sampled" else (1, "one")
+        bare = found[key(row, "products", "sampled")][field]
+        flops = count * 2 * row["tokens"] * row["hidden"] * (row["vocab"] // row["shards"])
         logits = found.get(key(row, "materialised"), {}).get("forward_backward")
         both = row["forward_backward"]
         ratio = f"{both / logits:.2f}" if logits else ""
         extra = row["extra_bytes"] / 1e6
-        lines.append(f"{start} {row['forward']:.4g} | {both:.4g} | {both / bare:.2f} | {ratio} | {extra:.0f} |")
+        rate = flops / both / ceiling_flops
+        times = f"{row['forward']:.4g} | {both:.4g} | {both / bare:.2f} | {ratio}"
+        lines.append(f"{start} {times} | {rate:.2f} | {extra:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -200,7 +224,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     fixed = {name: getattr(args, name) for name in ("vocab", "k", "dtype", "chunk_mb", "repeats", "threads")}
     names = ["products", "gate", *(name for name in args.names if name != "products")]
-    rows = []
+    report: dict[str, Any] = {"machine": machine(fixed), "results": []}
+    rows = report["results"]
     for hidden, tokens, shards, name, objective in itertools.product(
         args.hidden, args.tokens, args.shards, names, args.objectives
     ):
@@ -209,12 +234,13 @@ def main() -> None:
         objective = "sampled" if name in ("products", "gate") else objective
         case = {"hidden": hidden, "tokens": tokens, "shards": shards, "name": name, "objective": objective, **fixed}
         rows.append({**case, **measured_apart(case)})
-        print(json.dumps(rows[-1]), flush=True)
-        report = {"machine": machine(args.threads), "results": rows}
+        shown = {field: value for field, value in rows[-1].items() if field not in fixed}
+        print(" ".join(f"{field}={value}" for field, value in shown.items()), flush=True)
         (args.output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.output / "results.md").write_text(table(rows))
+    text = table(rows, report["machine"]["ceiling_flops"])
+    (args.output / "results.md").write_text(text)
     plot(rows, args.output / "results.svg")
-    print(table(rows))
+    print(text)
 
 
 if __name__ == "__main__":

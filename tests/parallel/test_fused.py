@@ -15,6 +15,7 @@ from megatron_bpdg.parallel.head import Head
 from tests.parallel.parity import CHECKS, parity, tolerance, worst
 from tests.parallel.parity_inputs import CASES
 from tests.parallel.spawn import run_ranks
+from tests.parallel.test_head import LOSSES, above
 
 NAMES = ("logsumexp", "logprob", "gather", "entropy", "sampled_token", "lsm", "lsm_tail", "gated_sampled_token_global")
 # The interpreter has no bfloat16 arithmetic.
@@ -24,6 +25,7 @@ USED = ("float32",)
 def on_ranks() -> dict[str, Any]:
     from megatron_bpdg.parallel import fused, fused_sparse
     from tests.parallel.test_chunked import main_gradients, of_logits
+    from tests.parallel.test_head import gradient_errors
 
     checks = {name: CHECKS[name] for name in NAMES}
     tiny = {"BLOCK_TOKENS": 4, "BLOCK_COLUMNS": 2, "BLOCK_HIDDEN": 4}
@@ -34,6 +36,7 @@ def on_ranks() -> dict[str, Any]:
         with patched, mock.patch.multiple(fused_sparse, **tiny_rows):
             report[name] = parity(USED, of_logits(fused.FusedVocab, 100e-6), checks=checks)
             report[f"main gradients, {name}"] = main_gradients(fused.FusedVocab)
+            report[f"head, {name}"] = gradient_errors(["fused"], torch.float32)
     report["dtype"] = ""
     try:
         parity(["anywhere"], of_logits(fused.FusedVocab), checks={"entropy": CHECKS["entropy"]})
@@ -56,6 +59,8 @@ def test_kernels_give_dense_values_and_gradients(world_size: int, monkeypatch: p
                 bad[case, layout, check] = error
         assert not bad
         for rank in ranks:
+            assert len(rank[f"head, {parts}"]) == 4 * len(LOSSES)
+            assert not above(rank[f"head, {parts}"], 1e-4)
             report = rank[f"main gradients, {parts}"]
             assert len(report) == 6
             assert not {name: error for name, error in report.items() if not error < 1e-5}
