@@ -81,7 +81,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             logprobs_N = inputs.old_logprobs_N + 0.1
             return {"forward": best_seconds(lambda: inputs.gate(logprobs_N), case["repeats"])}
         try:
-            loss = build(case["name"], case["objective"], case["chunk_mb"])
+            loss = build(case["name"], case["objective"], case["chunk_mb"], case["keep_mb"])
         except LookupError as reason:
             return {"not_measured": str(reason)}
 
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--chunk-mb", type=float, default=128.0)
+    parser.add_argument("--keep-mb", type=float, default=512.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     args = parser.parse_args()
@@ -222,7 +223,7 @@ def main() -> None:
     if args.output is None:
         parser.error("--output is needed")
     args.output.mkdir(parents=True, exist_ok=True)
-    fixed = {name: getattr(args, name) for name in ("vocab", "k", "dtype", "chunk_mb", "repeats", "threads")}
+    fixed = {name: getattr(args, name) for name in ("vocab", "k", "dtype", "chunk_mb", "keep_mb", "repeats", "threads")}
     names = ["products", "gate", *(name for name in args.names if name != "products")]
     report: dict[str, Any] = {"machine": machine(fixed), "results": []}
     rows = report["results"]

@@ -88,7 +88,7 @@ def lsm_loss(ops: VocabOps, inputs: Inputs) -> Tensor:
 LOSSES: dict[str, Callable[[VocabOps, Inputs], Tensor]] = {"sampled": sampled_loss, "lsm": lsm_loss}
 
 
-def build(name: str, objective: str, chunk_mb: float) -> Loss:
+def build(name: str, objective: str, chunk_mb: float, keep_mb: float) -> Loss:
     """The named implementation of an objective.
 
     Raises:
@@ -98,7 +98,7 @@ def build(name: str, objective: str, chunk_mb: float) -> Loss:
 
     def ours(inputs: Inputs) -> Tensor:
         assert dist.group.WORLD is not None
-        head = Head(name, chunk_mb)  # type: ignore[arg-type]
+        head = Head(name, chunk_mb, keep_mb)  # type: ignore[arg-type]
         layout = TokenLayout(dist.group.WORLD)
         states, weight = inputs.hidden_NH, inputs.weight_VH
         return loss(head.vocab_ops(states, weight, inputs.vocab_size, layout, 1.0, accumulate=False), inputs)

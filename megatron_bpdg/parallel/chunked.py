@@ -1,9 +1,10 @@
 """`VocabOps` straight from hidden states and the head's weight: the logits of all positions never exist.
 
 The vocabulary is swept in chunks of columns, ``[N, v]`` at a time. One forward sweep gives the log-sum-exp and the
-entropy (and the top-K, if that is asked for first); it stores ``[N]``. A backward sweep recomputes each chunk. The
-chunks are of columns, not of tokens, since then one product over all tokens finishes each row of the weight's gradient:
-nothing of the weight's size is read and written once per chunk, and nothing is rounded more than once.
+entropy (and the top-K, if that is asked for first); it stores ``[N]``, and the chunks that it has room to keep for a
+backward. A backward sweep makes the others again. The chunks are of columns, not of tokens, since then one product over
+all tokens finishes each row of the weight's gradient: nothing of the weight's size is read and written once per chunk,
+and nothing is rounded more than once.
 
 Logits of given ids are products of gathered pairs of rows, forward and backward, without a sweep (`sparse.py`): a loss
 on K ids per token costs one forward sweep (for the drift), and no backward one.
@@ -55,6 +56,8 @@ class ChunkedVocab:
         temperature: divides the logits.
         chunk_mb: bound on one chunk of float32 logits, and on one chunk of gathered rows, in units of 1e6 bytes; up to
             three such buffers exist at a time. A chunk is at least one column, or one row.
+        keep_mb: bound on the undivided logits that the forward keeps for a backward, which then need not be made again,
+            in units of 1e6 bytes.
         accumulate: add the weight's gradient to ``weight_VH.main_grad`` (see `WeightGradient`).
 
     Raises:
@@ -71,6 +74,7 @@ class ChunkedVocab:
         temperature: float = 1.0,
         *,
         chunk_mb: float = 128.0,
+        keep_mb: float = 0.0,
         accumulate: bool = False,
     ) -> None:
         layout.check(len(hidden_NH))
@@ -80,29 +84,31 @@ class ChunkedVocab:
         self.layout = layout
         self.temperature = temperature
         self.chunk_bytes = chunk_mb * 1e6
+        self.keep_bytes = keep_mb * 1e6
         self.accumulate = accumulate
         self.dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         self.first_id, self.num_valid = shard_columns(len(weight_VH), vocab_size, layout)
         self._swept: Swept | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def rows(self, per_token: Tensor) -> Tensor:
         return self.layout.rows(per_token)
 
     def logsumexp(self) -> Tensor:
-        lse_N = self.sweep().lse_N
+        lse_N = self._sweep_of_term().lse_N
         return self._bind(self.rows(lse_N), Term(lse_N))
 
     def logprob(self, ids_N: Tensor) -> Tensor:
         check_ids(ids_N, self.vocab_size)
         column_N = ids_N - self.first_id
-        lse_N = self.sweep().lse_N
+        lse_N = self._sweep_of_term().lse_N
         with torch.no_grad():
             logits_N1 = self.pairs(ids_N[:, None]).dot(self.hidden_NH, self.weight_VH)
             value_n = self.layout.reduce(logits_N1)[:, 0] - self.rows(lse_N)
         return self._bind(value_n, Term(lse_N, column_N=column_N))
 
     def entropy(self) -> Tensor:
-        swept = self.sweep()
+        swept = self._sweep_of_term()
         return self._bind(self.rows(swept.entropy_N), Term(swept.lse_N, entropy_N=swept.entropy_N))
 
     def gather(self, ids_NK: Tensor) -> Tensor:
@@ -124,23 +130,36 @@ class ChunkedVocab:
     def vocab_sum(self, x_NV: Tensor) -> Tensor:
         raise ValueError(_NOT_WHOLE)
 
+    def _sweep_of_term(self) -> Swept:
+        """For a result that a backward may go through."""
+        return self.sweep(
+            keep=torch.is_grad_enabled() and (self.hidden_NH.requires_grad or self.weight_VH.requires_grad)
+        )
+
     @torch.no_grad()
-    def sweep(self, k: int = 0) -> Swept:
-        """The forward sweep, which is made once; once more only if a top-K is asked for that it did not look for."""
+    def sweep(self, k: int = 0, *, keep: bool = False) -> Swept:
+        """The forward sweep, which is made once; once more only if a top-K is asked for that it did not look for.
+
+        With `keep` it keeps chunks for a backward.
+        """
         if self._swept is None or (k and (self._swept.top is None or self._swept.top[0].shape[1] != k)):
-            max_CN, sum_CN, shifted_CN, top = self.sweep_shard(k)
+            max_CN, sum_CN, shifted_CN, top = self.sweep_shard(k, keep)
             self._swept = Swept(*self._combined(max_CN, sum_CN, shifted_CN), top)
         return self._swept
 
-    def sweep_shard(self, k: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Softmax statistics of this shard in C parts: max z, sum e^(z - max), sum (z - max) e^(z - max), [C, N] each.
 
         And the shard's k largest logits.
         """
         top = topk_filler(self.hidden_NH.new_empty(len(self.hidden_NH), k, dtype=self.dtype)) if k else None
-        parts = []
+        parts, room = [], self.keep_bytes if keep else 0.0
         for start, stop in self.chunks():
-            logits_Nv = self.logits(self.hidden_NH, self.weight_VH, start, stop)
+            product_Nv = self.product(self.hidden_NH, self.weight_VH, start, stop)
+            room -= product_Nv.nbytes
+            if room >= 0.0:
+                self._kept[start] = product_Nv
+            logits_Nv = self._divided(product_Nv, copy=room >= 0.0)
             if top is not None:
                 found = ordered_topk(logits_Nv, min(k, stop - start), self.first_id + start)
                 top = best_candidates(torch.cat([top[0], found[0]], 1), torch.cat([top[1], found[1]], 1), k)
@@ -170,16 +189,25 @@ class ChunkedVocab:
         for start in range(0, self.num_valid, width):
             yield start, min(start + width, self.num_valid)
 
-    def logits(self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int) -> Tensor:
-        """A fresh ``[N, stop - start]``, divided by the temperature."""
-        logits_Nv = (hidden_NH @ weight_VH[start:stop].t()).to(self.dtype)
+    def product(self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int) -> Tensor:
+        """A fresh ``[N, stop - start]`` of undivided logits."""
+        return hidden_NH @ weight_VH[start:stop].t()
+
+    def _divided(self, product_Nv: Tensor, *, copy: bool = False) -> Tensor:
+        """Logits in float32 or float64; without `copy` they may overwrite the product."""
+        logits_Nv = product_Nv.to(self.dtype, copy=copy)
         return logits_Nv if self.temperature == 1.0 else logits_Nv.div_(self.temperature)
+
+    def kept_or_again(self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int) -> Tensor:
+        """A chunk's product, for a backward that overwrites it."""
+        kept_Nv = self._kept.pop(start, None)
+        return self.product(hidden_NH, weight_VH, start, stop) if kept_Nv is None else kept_Nv
 
     def chunk_gradient(
         self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
     ) -> Tensor:
         """Of a chunk's undivided logits, in the hidden states' dtype, from that of the term, all rows."""
-        logits_Nv = self.logits(hidden_NH, weight_VH, start, stop)
+        logits_Nv = self._divided(self.kept_or_again(hidden_NH, weight_VH, start, stop))
         return self.logits_gradient(logits_Nv, start, term, grad_N).to(hidden_NH.dtype)
 
     def logits_gradient(self, logits_Nv: Tensor, start: int, term: Term, grad_N: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class FusedVocab(ChunkedVocab):
         if not (hidden_NH.is_cuda or isinstance(_sweep, InterpretedFunction)):
             raise ValueError("training.head: fused runs on CUDA devices only: use chunked")
 
-    def sweep_shard(self, k: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         num_tokens, hidden_size = self.hidden_NH.shape
         if k or not self.num_valid or not num_tokens:
-            return super().sweep_shard(k)
+            return super().sweep_shard(k, keep)
         token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(self.num_valid, BLOCK_COLUMNS)
         blocks_per_part = triton.cdiv(column_blocks, max(MIN_PARTS, triton.cdiv(MIN_PROGRAMS, token_blocks)))
         num_parts = triton.cdiv(column_blocks, blocks_per_part)
@@ -82,7 +82,7 @@ class FusedVocab(ChunkedVocab):
     def chunk_gradient(
         self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
     ) -> Tensor:
-        logits_Nv = hidden_NH @ weight_VH[start:stop].t()
+        logits_Nv = self.kept_or_again(hidden_NH, weight_VH, start, stop)
         num_tokens, width = logits_Nv.shape
         kind, extra_N = _LSE, term.lse_N
         if term.column_N is not None:

@@ -49,11 +49,12 @@ class Head:
     Attributes:
         kind: `materialised` makes the logits ``[N, V_padded / TP]``; `chunked` never does, and has no distribution
             over the whole vocabulary; `fused` is `chunked` with Triton kernels, on GPUs only.
-        chunk_mb: see `ChunkedVocab`.
+        chunk_mb, keep_mb: see `ChunkedVocab`; the fused sweep keeps nothing.
     """
 
     kind: HeadKind = "chunked"
     chunk_mb: float = 128.0
+    keep_mb: float = 0.0
 
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError where this head cannot run."""
@@ -90,5 +91,12 @@ class Head:
 
             make = FusedVocab
         return make(
-            hidden_NH, weight_VH, vocab_size, layout, temperature, chunk_mb=self.chunk_mb, accumulate=accumulate
+            hidden_NH,
+            weight_VH,
+            vocab_size,
+            layout,
+            temperature,
+            chunk_mb=self.chunk_mb,
+            keep_mb=self.keep_mb,
+            accumulate=accumulate,
         )

@@ -34,12 +34,12 @@ PARITY_CASES = [
 ]
 
 
-def of_logits(make: type[ChunkedVocab] = ChunkedVocab, chunk_mb: float = CHUNK_MB) -> MakeOps:
+def of_logits(make: type[ChunkedVocab] = ChunkedVocab, keep_mb: float = 0.0) -> MakeOps:
     """Operations of a head whose weight is the transposed logits, so that its gradient is theirs, exactly."""
 
     def make_ops(logits_NV: Tensor, vocab_size: int, layout: TokenLayout, temperature: float = 1.0) -> VocabOps:
         hidden_NH = torch.eye(len(logits_NV), dtype=logits_NV.dtype)
-        return make(hidden_NH, logits_NV.t(), vocab_size, layout, temperature, chunk_mb=chunk_mb)
+        return make(hidden_NH, logits_NV.t(), vocab_size, layout, temperature, chunk_mb=CHUNK_MB, keep_mb=keep_mb)
 
     return make_ops
 
@@ -107,9 +107,8 @@ def topk_agrees() -> dict[str, bool]:
 
 
 def step_operations(ops: VocabOps) -> Tensor:
-    """What a step asks for, top-K first."""
+    """What a step asks for."""
     ids_N = torch.tensor([0, 9, 15, 3])
-    ops.topk(3)
     logprob_n = ops.logprob(ids_N)
     with torch.no_grad():
         ops.entropy()
@@ -123,17 +122,26 @@ def counts() -> dict[str, Any]:
     (layout, _), size = layouts(), dist.get_world_size()
     hidden_NH, weight_VH = torch.randn(4, 5, requires_grad=True), torch.randn(16 // size, 5, requires_grad=True)
     columns: list[int] = []
-    logits = ChunkedVocab.logits
+    product = ChunkedVocab.product
 
     def counted(self: ChunkedVocab, hidden: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
         columns.append(stop - start)
-        return logits(self, hidden, weight, start, stop)
+        return product(self, hidden, weight, start, stop)
 
-    with mock.patch.object(ChunkedVocab, "logits", counted):
-        result = step_operations(ChunkedVocab(hidden_NH, weight_VH, 16, layout, chunk_mb=48e-6))
-        swept = sum(columns)
-        result.sum().backward()
-    found: dict[str, Any] = {"forward": swept, "backward": sum(columns) - swept, "chunks": max(columns)}
+    found: dict[str, Any] = {}
+    # Chunks of three columns; room for none of them, for two and a half, and for all.
+    for keep_mb in (0.0, 2.5 * 48e-6, 1.0):
+        columns.clear()
+        with mock.patch.object(ChunkedVocab, "product", counted):
+            ops = ChunkedVocab(hidden_NH, weight_VH, 16, layout, chunk_mb=48e-6, keep_mb=keep_mb)
+            result = step_operations(ops)
+            swept = sum(columns)
+            result.sum().backward(retain_graph=True)
+            backward = sum(columns) - swept
+            # What was kept is gone.
+            result.sum().backward()
+        assert max(columns) == 3
+        found[f"columns, {keep_mb}"] = swept, backward, sum(columns) - swept - backward
     ids_N, ids_NK = torch.tensor([0, 9, 15, 3]), torch.tensor([[1, 8, 1]]).expand(4, -1)
     runs: dict[str, Callable[[VocabOps], Tensor]] = {
         "logsumexp": lambda ops: ops.logsumexp(),
@@ -204,6 +212,7 @@ def main_gradients(make: type[ChunkedVocab] = ChunkedVocab) -> dict[str, float]:
 def on_ranks() -> dict[str, Any]:
     report: dict[str, Any] = {
         "parity": parity(PARITY_CASES, of_logits(), checks=PARITY_CHECKS),
+        "kept": parity(PARITY_CASES, of_logits(keep_mb=1.5 * CHUNK_MB), checks=PARITY_CHECKS),
         "topk": topk_agrees(),
         "counts": counts(),
         "refusals": refusals(),
@@ -236,8 +245,9 @@ def rounding(case: str, check: str) -> tuple[float, float]:
 @pytest.mark.parametrize("case", PARITY_CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_values_and_gradients_are_the_dense_ones(world_size: int, layout: str, case: str) -> None:
-    errors: dict[Any, Error] = worst(rank["parity"] for rank in results(world_size))
+@pytest.mark.parametrize("kind", ["parity", "kept"])
+def test_values_and_gradients_are_the_dense_ones(kind: str, world_size: int, layout: str, case: str) -> None:
+    errors: dict[Any, Error] = worst(rank[kind] for rank in results(world_size))
     here = {name: errors[case, layout, name] for name, _ in applicable(PARITY_CHECKS, CASES[case])}
     assert not {name: error for name, error in here.items() if not error.within(rounding(case, name))}
 
@@ -260,10 +270,12 @@ def test_streamed_topk_is_the_dense_one(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_each_column_is_made_once_in_the_forward_and_once_in_the_backward(world_size: int) -> None:
+def test_columns_are_made_once_in_the_forward_and_again_in_the_backward_unless_kept(world_size: int) -> None:
+    columns = 16 // world_size
     for rank in results(world_size):
-        assert (rank["counts"]["forward"], rank["counts"]["backward"]) == (16 // world_size, 16 // world_size)
-        assert rank["counts"]["chunks"] == 3
+        found = [value for name, value in rank["counts"].items() if "columns" in str(name)]
+        kept = min(6, columns)
+        assert found == [(columns,) * 3, (columns, columns - kept, columns), (columns, 0, columns)]
 
 
 def test_collectives_are_those_of_the_docstring() -> None:

@@ -67,7 +67,7 @@ def launch_all(dtype: torch.dtype) -> None:
     group: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     hidden_NH, weight_VH = torch.zeros(TOKENS, HIDDEN, dtype=dtype), torch.zeros(VOCAB, HIDDEN, dtype=dtype)
     ops = FusedVocab(hidden_NH, weight_VH, VOCAB, TokenLayout(group))
-    ops.sweep_shard(0)
+    ops.sweep_shard(0, keep=False)
     per_token_N, column_N = torch.zeros(TOKENS), torch.zeros(TOKENS, dtype=torch.int64)
     for term in (Term(per_token_N), Term(per_token_N, column_N=column_N), Term(per_token_N, entropy_N=per_token_N)):
         ops.chunk_gradient(hidden_NH, weight_VH, 0, 1024, term, per_token_N)
