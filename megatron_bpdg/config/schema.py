@@ -166,12 +166,20 @@ class WeightSync(Section):
     directory: Path | None = Field(None, description="disk: shared directory; null: `sampler_weights` in the output")
     keep: int = Field(2, ge=1, description="disk: versions that are kept")
     bucket_mb: int = Field(512, ge=1, description="tensor, distributed: megabytes sent at once")
-    pause: Literal["retract", "abort", "in_place"] = Field(
-        "retract", description="what the engines do with requests under way: redo, cut off, or go on with old caches"
+    pause: Literal["retract", "abort"] = Field(
+        "retract", description="what the engines do with requests under way: redo their caches, or cut them off"
     )
-    master_address: str | None = Field(None, description="distributed: the trainer's address; null: its host name")
+    master_address: str | None = Field(
+        None, description="distributed: the trainer's address; null: the one that leads to the engines"
+    )
     master_port: int | None = Field(None, ge=1, le=65_535, description="distributed: null: a free one")
-    timeout_s: float = Field(600.0, gt=0.0, description="seconds one update may take")
+    timeout_s: float = Field(
+        600.0,
+        gt=0.0,
+        le=1500.0,
+        description="seconds an engine may take to read its weights (disk) or one bucket, for which all ranks wait; to "
+        "pause and go on it has at most 60",
+    )
     probe_tolerance: float | None = Field(
         None,
         gt=0.0,
@@ -333,6 +341,22 @@ class Training(Section):
         "with Triton kernels (GPU); auto: materialised for objectives on the whole vocabulary, else chunked",
     )
     head_chunk_mb: float = Field(128.0, gt=0.0, description="bound on a chunk of float32 logits, in units of 1e6 bytes")
+    head_keep_mb: float = Field(
+        512.0,
+        ge=0.0,
+        description="chunked: logits that a micro-batch's forward may keep for its backward, in units of 1e6 bytes; "
+        "those beyond are made again",
+    )
+    gradient_accumulation_fusion: Literal["auto", True, False] = Field(
+        "auto",
+        description="add the gradients of weights to the main gradients as they are computed, without a tensor of "
+        "their own; needs a GPU and apex's fused_weight_gradient_mlp_cuda; auto: where both are there",
+    )
+    deterministic: bool = Field(
+        False,
+        description="the same bits again from the same responses, on the same devices and software, at some cost in "
+        "speed; sets CUBLAS_WORKSPACE_CONFIG, NCCL_ALGO and NVTE_ALLOW_NONDETERMINISTIC_ALGO where they are not set",
+    )
     save_every: int = Field(0, ge=0, description="checkpoint every N steps; 0: only at the end")
 
     @model_validator(mode="after")

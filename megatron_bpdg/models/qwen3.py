@@ -27,9 +27,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    shape: Qwen3Shape, layout: Layout, dtype: torch.dtype, *, recompute: bool = False
+    shape: Qwen3Shape,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model, for training with a per-token loss.
+
+    Args:
+        gradient_accumulation_fusion: for a model that is trained: linear layers and the head add the gradients of
+            their weights to the main gradients themselves.
 
     Raises:
         ValueError: where the layout does not divide the model.
@@ -78,7 +87,9 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        # The embedding's backward then adds in a fixed order, and Transformer Engine is held to it too.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **_expert_fields(shape, layout),
     )
 
@@ -137,10 +148,17 @@ class HiddenStateGPTModel(GPTModel):
 
 
 def build_model(
-    shape: Qwen3Shape, layout: Layout, dtype: torch.dtype, *, recompute: bool = False
+    shape: Qwen3Shape,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> HiddenStateGPTModel:
-    """This rank's stage of the model, uninitialised weights, on the default device."""
-    config = transformer_config(shape, layout, dtype, recompute=recompute)
+    """This rank's stage of the model, uninitialised weights, on the default device; see `transformer_config`."""
+    config = transformer_config(
+        shape, layout, dtype, recompute=recompute, gradient_accumulation_fusion=gradient_accumulation_fusion
+    )
     model = HiddenStateGPTModel(
         config=config,
         transformer_layer_spec=block_spec(config),

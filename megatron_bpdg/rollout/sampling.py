@@ -6,8 +6,14 @@ result does not depend on which other responses share the batch, nor on how many
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+# Probabilities are summed as whole multiples of 1 / _UNIT: exact, so that no order of summation gives other samples. A
+# GPU adds floats in whatever order its blocks finish. Sums stay below 2^53, where float64 knows every integer.
+_UNIT = 2**52
 
 
 def uniforms(seeds: list[int], length: int) -> Tensor:
@@ -43,15 +49,19 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
     logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
     order_BV = None
     if top_p == 1.0:
-        probs_BV = logprobs_BV.double().exp()
+        mass_BV = _mass(logprobs_BV)
     else:
         sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
-        probs_BV = sorted_BV.double().exp()
-        before_BV = probs_BV.cumsum(-1) - probs_BV
-        probs_BV = torch.where(before_BV < top_p, probs_BV, 0.0)
-    cdf_BV = probs_BV.cumsum(-1)
-    target_B = uniform_B.to(cdf_BV) * cdf_BV[:, -1]
+        mass_BV = _mass(sorted_BV)
+        before_BV = mass_BV.cumsum(-1) - mass_BV
+        mass_BV = torch.where(before_BV < math.ceil(top_p * _UNIT), mass_BV, 0)
+    cdf_BV = mass_BV.cumsum(-1)
+    target_B = (uniform_B.to(cdf_BV.device) * cdf_BV[:, -1]).long()
     # right=True skips ids of probability zero, which share their predecessor's cumulative value.
     choice_B = torch.searchsorted(cdf_BV, target_B[:, None], right=True)[:, 0].clamp(max=cdf_BV.shape[1] - 1)
     ids_B = choice_B if order_BV is None else order_BV.gather(1, choice_B[:, None])[:, 0]
     return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]
+
+
+def _mass(logprobs_BV: Tensor) -> Tensor:
+    return logprobs_BV.double().exp_().mul_(_UNIT).long()

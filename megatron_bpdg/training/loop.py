@@ -26,6 +26,7 @@ from megatron_bpdg.rollout.batch import by_tokens
 from megatron_bpdg.rollout.groups import GroupSampler
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.scoring import Scores, score
+from megatron_bpdg.training.deterministic import deterministic
 from megatron_bpdg.training.recorder import Recorder
 from megatron_bpdg.training.setup import Run, build_run, build_supervised
 from megatron_bpdg.training.step import StepReport
@@ -41,7 +42,7 @@ def distill(cfg: RunConfig) -> None:
         ValueError: where config, checkpoints and data do not fit together.
         NonFiniteError: where a step's loss is not finite.
     """
-    with world(cfg.layout, cfg.seed):
+    with deterministic(cfg.training.deterministic), world(cfg.layout, cfg.seed):
         run = build_run(cfg)
         with closing(run), Recorder(cfg, run) as recorder:
             groups = GroupSampler(cfg.rollout, run.prompts.ids, cfg.seed)
@@ -91,7 +92,7 @@ def distill(cfg: RunConfig) -> None:
 
 def fine_tune(cfg: RunConfig) -> None:
     """Supervised training on given responses (kind: sft): the same step with the negative log-likelihood."""
-    with world(cfg.layout, cfg.seed):
+    with deterministic(cfg.training.deterministic), world(cfg.layout, cfg.seed):
         run, examples = build_supervised(cfg)
         with closing(run), Recorder(cfg, run) as recorder:
             order = PromptSampler(len(examples), cfg.training.batch_size, cfg.seed)

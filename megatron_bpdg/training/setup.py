@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +42,11 @@ from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds, build_objective
 from megatron_bpdg.parallel.head import Head
+from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.serving.client import api_key
+from megatron_bpdg.serving.facts import served_room
 from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.engines import (
     PROBE_TOLERANCE,
@@ -54,6 +58,8 @@ from megatron_bpdg.training.engines import (
 )
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
 from megatron_bpdg.training.step import NonFiniteError, Updater
+
+_WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def build_run(cfg: RunConfig) -> Run:
         run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
         _check_payload_fits(cfg, run)
         for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
-            _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", role, shape)
+            _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", _rooms(cfg, role, shape))
         on_failure.pop_all()
     return run
 
@@ -200,6 +206,7 @@ def build_supervised(cfg: RunConfig) -> tuple[Run, list[Trajectory]]:
 
 
 def _build_student(cfg: RunConfig, total_updates: int) -> Run:
+    fusion = fuses_gradient_accumulation(cfg.training, default_device())
     source = cfg.student.checkpoint or _fresh_checkpoint(cfg)
     folder = hf_folder(source, "student.checkpoint")
     hf_config = read_hf_config(folder)
@@ -215,9 +222,10 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
         for name, path in cfg.evaluation.data.items()
     }
+    rooms = _rooms(cfg, "student", shape)
     for prompts in benchmarks.values():
-        _check_room(prompts, cfg.evaluation.sampling, "evaluation.sampling", "student", shape)
-    model = build_model(shape, cfg.layout, dtype, recompute=cfg.training.recompute)
+        _check_room(prompts, cfg.evaluation.sampling, "evaluation.sampling", rooms)
+    model = build_model(shape, cfg.layout, dtype, recompute=cfg.training.recompute, gradient_accumulation_fusion=fusion)
     load_weights([model], source)
     module = wrap(model, cfg.layout)
     optimizer, scheduler = build_optimizer(module, cfg.layout, cfg.training, dtype, total_updates)
@@ -259,8 +267,28 @@ def build_head(cfg: Training, needs: TeacherNeeds) -> Head:
     Old log-probs and the first update must read the vocabulary alike, for drift to be exactly zero there.
     """
     if cfg.head == "auto":
-        return Head("materialised" if needs.full else "chunked", cfg.head_chunk_mb)
-    return Head(cfg.head, cfg.head_chunk_mb)
+        return Head("materialised" if needs.full else "chunked", cfg.head_chunk_mb, cfg.head_keep_mb)
+    return Head(cfg.head, cfg.head_chunk_mb, cfg.head_keep_mb)
+
+
+def fuses_gradient_accumulation(cfg: Training, device: torch.device) -> bool:
+    """Whether the student's linear layers and head add to its main gradients themselves.
+
+    Megatron-Core refuses to build without apex's extension, whichever layers it builds.
+
+    Raises:
+        ValueError: the config asks for it where it cannot be.
+    """
+    if cfg.gradient_accumulation_fusion is False:
+        return False
+    lacking = None if device.type == "cuda" else "a CUDA device, and there is none"
+    try:
+        importlib.import_module(_WEIGHT_GRADIENT_EXTENSION)
+    except ImportError as error:
+        lacking = lacking or f"{_WEIGHT_GRADIENT_EXTENSION}, which does not load ({error}): build apex with --cuda_ext"
+    if lacking and cfg.gradient_accumulation_fusion is True:
+        raise ValueError(f"training.gradient_accumulation_fusion: true needs {lacking}; or set it to auto")
+    return lacking is None
 
 
 def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
@@ -305,13 +333,28 @@ def hf_folder(checkpoint: Path, field_name: str) -> Path:
     )
 
 
-def _check_room(prompts: Prompts, sampling: Sampling, section: str, role: str, shape: Qwen3Shape) -> None:
+def _rooms(cfg: RunConfig, role: str, shape: Qwen3Shape) -> dict[str, int]:
+    """Longest prompt and response together of a role, in tokens, by whose limit it is. Collective over the world."""
+    rooms = {f"the {role}'s {shape.max_position_embeddings} positions": shape.max_position_embeddings}
+    section = cfg.rollout if role == "student" else cfg.teacher
+    if section is None or section.servers is None:
+        return rooms
+    name = "rollout" if role == "student" else "teacher"
+    urls = (cfg.rollout.weight_sync.urls if role == "student" else None) or section.servers.urls
+    served = served_room(urls, api_key(section.servers.api_key_env, f"{name}.servers.api_key_env"))
+    # What is longer would be cut or refused, and only in the middle of the run.
+    why = "the smaller of its --context-length and --max-total-tokens, less a few that SGLang keeps"
+    return rooms | {f"the {room} tokens that {url} has room for ({why})": room for url, room in served.items()}
+
+
+def _check_room(prompts: Prompts, sampling: Sampling, section: str, rooms: Mapping[str, int]) -> None:
     longest = max(len(ids) for ids in prompts.ids)
-    if longest + sampling.max_new_tokens > shape.max_position_embeddings:
-        raise ValueError(
-            f"{section}.max_new_tokens = {sampling.max_new_tokens} after a prompt of {longest} tokens exceeds the "
-            f"{role}'s {shape.max_position_embeddings} positions; lower it or data.max_prompt_tokens"
-        )
+    for whose, room in rooms.items():
+        if longest + sampling.max_new_tokens > room:
+            raise ValueError(
+                f"{section}.max_new_tokens = {sampling.max_new_tokens} after a prompt of {longest} tokens exceeds "
+                f"{whose}; lower it or data.max_prompt_tokens"
+            )
 
 
 def _check_payload_fits(cfg: RunConfig, run: Run) -> None:

@@ -48,6 +48,8 @@ class Case:
     packed: bool = False
     kind: str = "qwen3"
     materialised: bool = False
+    student: str = "student"
+    fusion: bool = False
 
     @property
     def world_size(self) -> int:
@@ -97,10 +99,10 @@ def run_case(
     layout = Layout(**case.layout)
     with world(layout, seed=0):
 
-        def load(role: str) -> tuple[Any, Qwen3Shape]:
+        def load(role: str, fusion: bool = False) -> tuple[Any, Qwen3Shape]:
             path = models / case.kind / role
             shape = Qwen3Shape.from_hf(read_hf_config(path))
-            model = build_model(shape, layout, torch.float32)
+            model = build_model(shape, layout, torch.float32, gradient_accumulation_fusion=fusion)
             load_weights([model], path)
             return model, shape
 
@@ -109,10 +111,10 @@ def run_case(
 
         teacher_policy = MegatronPolicy(*load("teacher"), layout, packed=case.packed, head=head(NEEDS))
         teacher = MegatronTeacher(teacher_policy, NEEDS, TEMPERATURE, offload=False)
-        model, shape = load("student")
+        model, shape = load(case.student, case.fusion)
         module = wrap(model, layout)
         student = MegatronPolicy(module, shape, layout, packed=case.packed)
-        config = read_hf_config(models / case.kind / "student")
+        config = read_hf_config(models / case.kind / case.student)
 
         batch = responses()
         for trajectory in batch:
