@@ -246,6 +246,9 @@ def serve(
     log: Annotated[Path | None, typer.Option(help="The server's output; default: serve-ROLE-PORT.log here.")] = None,
     deadline: Annotated[float, typer.Option(min=1.0, help="Seconds that it has to become healthy.")] = 1800.0,
     dry_run: Annotated[bool, typer.Option(help="Only print the command.")] = False,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with a key that clients must send.")
+    ] = None,
 ) -> None:
     """Serve a checkpoint with SGLang until Ctrl-C or SIGTERM; see docs/sglang.md."""
     from megatron_bpdg.serving.command import serve as run_server
@@ -264,6 +267,7 @@ def serve(
         log=log,
         deadline_s=deadline,
         dry_run=dry_run,
+        api_key_env=api_key_env,
         extra=flags or [],
         console=console,
     )

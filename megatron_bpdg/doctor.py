@@ -127,6 +127,7 @@ async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None
                 "model": facts.model,
                 "dtype": facts.dtype,
                 "context": f"{facts.context_length} tokens",
+                "room": f"{facts.room} tokens of prompt and response" if facts.room else "unknown: it does not say",
                 "weights": facts.weight_version,
             }
             config = Path(facts.model) / "config.json"
@@ -141,7 +142,11 @@ async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None
                 await check_tokenizer(server, tokenizer)
                 rows["tokenizer"] = "the checkpoint's"
             if not await server.healthy():
-                problems.append("it answers, but is not healthy: see its log")
+                # SGLang names no such state: its scheduler has answered just now, and yet nothing is generated.
+                problems.append(
+                    "it answers, but does not generate: paused by a trainer that died within a weight update (the next "
+                    "run lets it go on, as does POST /continue_generation), or at fault: see its log"
+                )
         except (ServerError, ValueError) as error:
             problems.append(str(error))
     return rows, problems

@@ -15,10 +15,12 @@ from megatron_bpdg.rollout.trajectory import Trajectory
 _ROLLOUT = 1
 
 
-@dataclass
+# Two groups of the same prompt are two groups.
+@dataclass(eq=False)
 class _Group:
-    """All samples of one prompt; `begun` are cut off and wait to be gone on with."""
+    """All samples of one prompt, drawn for a step; `begun` are cut off and wait to be gone on with."""
 
+    step: int
     problem: int
     seeds: list[int]
     done: dict[int, Response] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class GroupSampler:
         wanted = self.cfg.prompts_per_step
         groups = self._waiting
         while len(groups) < wanted + self.cfg.extra_prompts:
-            groups.append(self._draw(step))
+            groups.append(self._draw(step, groups))
         places = [(g, s) for g in groups for s in range(len(g.seeds)) if s not in g.done]
         stream = engine.stream(
             [Request(self.prompt_ids[g.problem], g.seeds[s], g.begun.get(s)) for g, s in places], self.cfg.sampling
@@ -79,12 +81,14 @@ class GroupSampler:
             (group.begun if response.cut_off else group.done)[sample] = response
         self._waiting = [group for group in groups if group not in taken]
 
-    def _draw(self, step: int) -> _Group:
+    def _draw(self, step: int, others: Sequence[_Group]) -> _Group:
         batch, place = divmod(self._drawn, self.cfg.prompts_per_step)
         problem = self._order.batch(batch)[place]
         self._drawn += 1
-        samples = range(self.cfg.samples_per_prompt)
-        return _Group(problem, [sample_seed(self.seed, _ROLLOUT, step, problem, sample) for sample in samples])
+        # The end of one epoch and the start of the next may bring a problem twice in a step.
+        first = sum(len(g.seeds) for g in others if (g.step, g.problem) == (step, problem))
+        samples = range(first, first + self.cfg.samples_per_prompt)
+        return _Group(step, problem, [sample_seed(self.seed, _ROLLOUT, step, problem, sample) for sample in samples])
 
     def _trajectories(self, group: _Group, place: int) -> list[Trajectory]:
         return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +22,12 @@ import torch.distributed as dist
 from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.config.schema import Sampling, Servers
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
-from megatron_bpdg.serving.answers import Generated, read_generated, read_scored
+from megatron_bpdg.rollout.probe import check_probe, weights_are
+from megatron_bpdg.serving.answers import Generated, read_generated
 from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.client import Server, ServerError, ServerUnavailable
-from megatron_bpdg.serving.pool import ServerPool, ServingError, StaleWeights, State
+from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.pool import LONGEST_PAUSE_S, ServerPool, ServingError, StaleWeights, State
+from megatron_bpdg.serving.ready import healthy, resume
 from megatron_bpdg.serving.weights import WeightSync, WeightSyncError
 
 # How long the ranks wait before they meet again when nothing has finished.
@@ -69,6 +71,8 @@ class SGLangEngine:
         self._api_key = api_key
         self._weights: Weights | None = None
         self._probe: Probe | None = None
+        # Engines whose last update failed; what they call their weights says nothing then.
+        self._unsure: set[str] = set()
         self._background = Background("bpdg-rollout") if self._talks else None
         self.pool = ServerPool(servers, "rollout", api_key, self._has_our_weights)
         if self._background is not None:
@@ -82,41 +86,78 @@ class SGLangEngine:
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Weights, version: int, probe: Probe | None) -> None:
-        """Send the weights to every engine that can take them.
+        """Send the weights to every engine that can take them; where none can, again when one is healthy.
 
         Raises:
-            ServingError: no engine took them.
+            ServingError: no engine took them in `attempts` tries, or none was healthy for `recovery_s`.
             WeightSyncError: an engine that took them does not answer as they do (`probe`).
         """
         self._weights, self._probe, self.version = weights, probe, version
         self._push(self.sync_urls)
 
     def _push(self, urls: Sequence[str]) -> None:
+        self._unsure |= set(urls)
+        failed = self._send(urls)
+        tries = 1
+        while set(failed) >= set(self.sync_urls):
+            if tries >= self.servers.attempts or not self._one_is_back(tries):
+                listed = "\n".join(f"  {url}: {message}" for url, message in failed.items())
+                raise ServingError(
+                    f"rollout: no engine took the weights of step {self.version} (tries: {tries}; "
+                    f"rollout.servers.attempts, rollout.servers.recovery_s):\n{listed}"
+                )
+            failed = self._send(urls)
+            tries += 1
+        self._unsure = self._unsure - set(urls) | set(failed)
+        if self._background is not None:
+            self._background.run(self._set_states(urls, failed))
+
+    async def _set_states(self, urls: Sequence[str], failed: Mapping[str, str]) -> None:
+        if set(self.sync_urls) == set(self.pool.urls):
+            states = {url: State.DOWN if url in failed else State.SERVING for url in urls}
+        else:
+            # A router serves as long as one engine behind it does, but not where it may choose one that failed and yet
+            # calls its weights by the name of the right ones.
+            named = [await weights_are(url, self.wire_version(self.version), self._api_key) for url in failed]
+            states = dict.fromkeys(self.pool.urls, State.STALE if any(named) else State.SERVING)
+        await self.pool.set_states(states, failed)
+
+    def _send(self, urls: Sequence[str]) -> dict[str, str]:
+        """Engine -> why it cannot be said to have the weights. Collective, the same on every rank."""
         assert self._weights is not None
         try:
             self.sync.push(self._weights, self.wire_version(self.version), urls)
             failed: dict[str, str] = {}
         except WeightSyncError as error:
             failed = error.failed
-        outcome: list[Any] = [None]
-        if dist.get_rank() == 0:
+        outcome: list[Any] = [(failed, [])]
+        if dist.get_rank() == 0 and self._probe is not None:
             assert self._background is not None
             took = [url for url in urls if url not in failed]
-            if self._probe is not None:
-                check = _check_probe(took, self._probe, self.vocab_size, self._api_key)
-                outcome = [self._background.run(check)]
+            unanswered, wrong = self._background.run(check_probe(took, self._probe, self.vocab_size, self._api_key))
+            outcome = [(failed | unanswered, wrong)]
         dist.broadcast_object_list(outcome, src=0)
-        if outcome[0] is not None:
-            raise WeightSyncError(outcome[0])
-        if set(failed) >= set(self.sync_urls):
-            listed = "\n".join(f"  {url}: {message}" for url, message in failed.items())
-            raise ServingError(f"rollout: no engine took the weights of step {self.version}:\n{listed}")
-        if self._background is not None:
-            # A router serves as long as one engine behind it does.
-            routed = set(self.sync_urls) != set(self.pool.urls)
-            ask = self.pool.urls if routed else urls
-            states = {url: State.DOWN if url in failed else State.SERVING for url in ask}
-            self._background.run(self.pool.set_states(states, failed))
+        failed, wrong = outcome[0]
+        if wrong:
+            raise WeightSyncError("\n".join(wrong))
+        return failed
+
+    def _one_is_back(self, tries: int) -> bool:
+        """Whether an engine is healthy, within `recovery_s` from now. Collective; the ranks meet at every look."""
+        deadline = time.monotonic() + self.servers.recovery_s
+        time.sleep(min(self.servers.backoff_s * 2 ** (tries - 1), LONGEST_PAUSE_S))
+        while True:
+            word: list[bool | None] = [None]
+            if dist.get_rank() == 0:
+                assert self._background is not None
+                # One that did not hear the end of the update is still paused.
+                self._background.run(resume(self.sync_urls, self._api_key))
+                found = self._background.run(healthy(self.sync_urls, self._api_key))
+                word = [True if found else False if time.monotonic() > deadline else None]
+            dist.broadcast_object_list(word, src=0)
+            if word[0] is not None:
+                return word[0]
+            time.sleep(_MEETING_S)
 
     def wire_version(self, version: int) -> str:
         return f"{self.run}-{version}"
@@ -127,7 +168,7 @@ class SGLangEngine:
         return int(step) if run == self.run and step.isdecimal() else None
 
     async def _has_our_weights(self, server: Server) -> bool:
-        return await server.weight_version() == self.wire_version(self.version)
+        return server.url not in self._unsure and await server.weight_version() == self.wire_version(self.version)
 
     # --- sampling --------------------------------------------------------------------------------------------------
 
@@ -179,9 +220,10 @@ class SGLangEngine:
         left = sampling.max_new_tokens - len(ids)
         before = self.version
         request_id = f"{self.run}-{uuid.uuid4().hex}"
+        input_ids = job.request.prompt_ids + ids
         body = {
             "rid": request_id,
-            "input_ids": job.request.prompt_ids + ids,
+            "input_ids": input_ids,
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -202,7 +244,12 @@ class SGLangEngine:
         finally:
             job.asked = None
         where = f"{server.url}/generate, {job.name}"
-        answer = read_generated(raw, max_new_tokens=left, vocab_size=self.vocab_size, where=where)
+        answer = read_generated(
+            raw, prompt=len(input_ids), max_new_tokens=left, vocab_size=self.vocab_size, where=where
+        )
+        if answer.finish == "abort" and not answer.ids and not job.interrupted:
+            # Counted as a failed try: a server that does nothing else would be asked again for ever.
+            raise MalformedAnswer(f"{where}: aborted before its first token, and not by this run")
         return answer, self._versions(answer, before, where)
 
     def _versions(self, answer: Generated, before: int, where: str) -> torch.Tensor:
@@ -327,37 +374,3 @@ async def _abort(server: Server, request_id: str) -> None:
 
 async def _abort_jobs(jobs: Sequence[_Job]) -> None:
     await asyncio.gather(*(_abort(*job.asked) for job in jobs if job.asked is not None))
-
-
-async def _check_probe(urls: Sequence[str], probe: Probe, vocab_size: int, api_key: str | None) -> str | None:
-    """What is wrong with the weights of the servers, or None."""
-    problems = []
-    for url in urls:
-        async with Server(url, 60.0, api_key) as server:
-            try:
-                difference = (await given_logprobs(server, probe.ids, vocab_size) - probe.logprobs_T).abs()
-            except ServerUnavailable:
-                # It has died since; its first request will find that out, and it gets the weights again.
-                continue
-            except ServerError as error:
-                problems.append(f"{url} does not answer the probe text: {error}")
-                continue
-            if not float(difference.mean()) <= probe.tolerance:
-                problems.append(
-                    f"{url} does not answer as the weights it was sent: log-probs of the probe text differ by "
-                    f"{float(difference.mean()):.3g} nats on average (at most {float(difference.max()):.3g}), allowed "
-                    f"{probe.tolerance:g} (rollout.weight_sync.probe_tolerance); check its model and --dtype"
-                )
-    return "\n".join(problems) or None
-
-
-async def given_logprobs(server: Server, ids: list[int], vocab_size: int) -> torch.Tensor:
-    """Log-probs of all but the first id at temperature 1, float32."""
-    body = {
-        "input_ids": ids,
-        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-    }
-    raw = await server.post("/generate", body)
-    return read_scored(raw, ids=ids[1:], top_k=0, vocab_size=vocab_size, where=f"{server.url}/generate").logprobs_R

@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bpdg.serving.client import MalformedAnswer
+from megatron_bpdg.serving.client import MalformedAnswer, ServerError
+
+
+class CutShort(ServerError):
+    """The server ended a response at a limit of its own, before the one that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,14 @@ class Scored:
     version: str
 
 
-def read_generated(answer: Any, *, max_new_tokens: int, vocab_size: int, where: str) -> Generated:
+def read_generated(answer: Any, *, prompt: int, max_new_tokens: int, vocab_size: int, where: str) -> Generated:
     """Parse the answer to one sampling request with `return_logprob`.
 
+    Args:
+        prompt: length of the text that was gone on with, in tokens.
+
     Raises:
+        CutShort: the server has less room than prompt and response need.
         MalformedAnswer: what is missing, or does not fit what was asked for.
     """
     fail = _Failure(where)
@@ -70,6 +78,12 @@ def read_generated(answer: Any, *, max_new_tokens: int, vocab_size: int, where: 
         fail(f"{len(ids)} tokens but {len(pairs)} log-probs")
     if len(ids) > max_new_tokens:
         fail(f"{len(ids)} tokens, more than the {max_new_tokens} asked for")
+    if finish == "length" and len(ids) < max_new_tokens:
+        raise CutShort(
+            f"{where}: asked for up to {max_new_tokens} tokens after {prompt}, the server stopped after {len(ids)}: it "
+            f"has room for {prompt + len(ids)} tokens in one request; raise its --context-length or "
+            "--max-total-tokens, or lower max_new_tokens"
+        )
     if not ids and finish != "abort":
         fail(f"no tokens, yet finished by {finish!r}")
     _check_ids(ids, vocab_size, fail)
@@ -89,9 +103,8 @@ def read_scored(answer: Any, *, ids: list[int], top_k: int, vocab_size: int, whe
     if len(pairs) != len(ids) + 1:
         fail(f"{len(pairs) - 1} log-probs for {len(ids)} tokens: the server cut or did not see the whole text")
     # The first entry belongs to the token before the response and has no value.
-    # SGLang names the last id of the vocabulary 0 here, and gives its log-prob all the same.
-    named = [0 if token == vocab_size - 1 else token for token in ids]
-    logprobs_R = _logprobs(pairs[1:], named, fail)
+    # SGLang 0.5.23 names the last id of the vocabulary 0 here, and gives its log-prob all the same.
+    logprobs_R = _logprobs(pairs[1:], ids, fail, zero=vocab_size - 1)
     support_RK = support_logprobs_RK = None
     if top_k:
         shape, skipped = meta.get("input_top_logprobs_shape"), meta.get("input_top_logprobs_null_prefix")
@@ -128,10 +141,16 @@ def _check_ids(ids: list[int], vocab_size: int, fail: _Failure) -> None:
         fail(f"token id {bad[0]!r} is outside the vocabulary of {vocab_size}")
 
 
-def _logprobs(pairs: list[Any], ids: list[int], fail: _Failure) -> Tensor:
-    """Values of ``[log-prob, id, text]`` entries, whose ids must be `ids`."""
+def _logprobs(pairs: list[Any], ids: list[int], fail: _Failure, zero: int | None = None) -> Tensor:
+    """Values of ``[log-prob, id, text]`` entries, whose ids must be `ids`; that of the token `zero` may be 0."""
     for position, (entry, token) in enumerate(zip(pairs, ids)):
-        if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token or not isinstance(entry[0], float | int):
+        names = (token, 0) if token == zero else (token,)
+        if (
+            not isinstance(entry, list)
+            or len(entry) < 2
+            or entry[1] not in names
+            or not isinstance(entry[0], float | int)
+        ):
             fail(f"log-prob {position} is {entry!r}, for token {token}")
     logprobs_R = torch.tensor([float(entry[0]) for entry in pairs], dtype=torch.float32)
     if not bool(logprobs_R.isfinite().all()):

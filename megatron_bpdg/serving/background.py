@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Background:
-    """Runs coroutines for synchronous code. One per process is enough; `close` ends the thread."""
+    """Runs coroutines for synchronous code; `close` ends the thread."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()

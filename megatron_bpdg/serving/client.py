@@ -8,6 +8,10 @@ from typing import Any
 
 import aiohttp
 
+_CONNECT_S = 10.0
+# Request timeout, too many requests: of routers; the request itself is right.
+_BUSY = (408, 429)
+
 
 class ServerError(RuntimeError):
     """A server did not do what it was asked; the message names its URL."""
@@ -22,7 +26,7 @@ class MalformedAnswer(ServerError):
 
 
 class RequestRefused(ServerError):
-    """It answered 4xx: the request is wrong, and would be anywhere."""
+    """It answered 4xx (but 408 and 429): the request is wrong, and would be anywhere."""
 
 
 class Server:
@@ -91,16 +95,18 @@ class Server:
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
         assert self._session is not None, "Server used outside its context"
         where = f"{method} {self.url}{path}"
-        limit = aiohttp.ClientTimeout(total=timeout_s or self.timeout_s, sock_connect=10.0)
+        limit = aiohttp.ClientTimeout(total=timeout_s or self.timeout_s, sock_connect=_CONNECT_S)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
                 content = await response.read()
+        except aiohttp.ConnectionTimeoutError as error:
+            raise ServerUnavailable(f"{where}: no connection within {_CONNECT_S:g} s") from error
         except TimeoutError as error:
             raise ServerUnavailable(f"{where}: no answer within {limit.total:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerUnavailable(f"{where}: {type(error).__name__}: {error}") from error
         text = content[:500].decode(errors="replace")
-        if response.status >= 500:
+        if response.status >= 500 or response.status in _BUSY:
             raise ServerUnavailable(f"{where}: status {response.status}: {text}")
         if response.status >= 400:
             raise RequestRefused(f"{where}: status {response.status}: {text}")

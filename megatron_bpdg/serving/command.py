@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from megatron_bpdg.serving.client import Server
+from megatron_bpdg.serving.client import Server, api_key
 from megatron_bpdg.serving.facts import ServerFacts, server_facts
 from megatron_bpdg.serving.launch import ServerCommand, as_hf, default_device, find_python, server_command
 from megatron_bpdg.serving.process import Progress, RunningServer, signals_interrupt
@@ -34,6 +34,7 @@ def serve(
     log: Path | None,
     deadline_s: float,
     dry_run: bool,
+    api_key_env: str | None,
     extra: Sequence[str],
     console: Console,
 ) -> None:
@@ -42,6 +43,7 @@ def serve(
     Args:
         log: the server's output; None: `serve-ROLE-PORT.log` in the working directory.
         dry_run: only print the command, on standard output.
+        api_key_env: environment variable with the key that clients must send.
         Others: see `server_command`, `find_python`, `as_hf` and `RunningServer`.
 
     Raises:
@@ -49,6 +51,7 @@ def serve(
         ServerDied: the server ended by itself.
     """
     interpreter = find_python(python)
+    key = api_key(api_key_env, "--api-key-env")
     device = device or default_device()
     with signals_interrupt():
         command = server_command(
@@ -61,7 +64,7 @@ def serve(
             tp=tp,
             dtype=dtype,
             context_length=context_length,
-            extra=extra,
+            extra=[*extra, "--api-key", key] if key else extra,
         )
         if dry_run:
             print(command)

@@ -69,9 +69,13 @@ class ServerCommand:
         return parts[parts.index("--api-key") + 1] if "--api-key" in parts[:-1] else None
 
     def __str__(self) -> str:
-        """One line for a shell."""
+        """One line for a shell, without the API key."""
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
-        return " ".join(["env", *assignments, shlex.join(self.argv)])
+        shown = [
+            "--api-key=..." if part.startswith("--api-key=") else "..." if before == "--api-key" else part
+            for before, part in zip(("", *self.argv), self.argv)
+        ]
+        return " ".join(["env", *assignments, shlex.join(shown)])
 
 
 def server_command(
@@ -137,8 +141,10 @@ def server_command(
             "--sampling-backend": "pytorch",
             "--grammar-backend": "none",
             "--mem-fraction-static": "0.3",
-            # Without it, the cache takes its share of all the memory that is free.
-            "--max-total-tokens": "16384",
+            # Without it, the cache takes its share of all the memory that is free; one whole request always fits.
+            "--max-total-tokens": str(
+                max(16384, context_length or _text_config(config).get("max_position_embeddings", 0))
+            ),
             "--max-running-requests": "64",
             # It polls at full speed otherwise, on cores that the trainer wants.
             "--sleep-on-idle": None,

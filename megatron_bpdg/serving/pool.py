@@ -19,7 +19,7 @@ from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError, S
 
 Answer = TypeVar("Answer")
 
-_LONGEST_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 30.0
 _LONGEST_WATCH_S = 5.0
 # A server that answers nonsense this often in a row is treated like one that does not answer.
 _BAD_ANSWERS = 3
@@ -154,7 +154,7 @@ class ServerPool:
                     f"{self.role}: {what} failed {len(failures)} times ({self.role}.servers.attempts):\n{tried}"
                 )
             self.retries += 1
-            await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
+            await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
             pause *= 2
 
     async def _acquire(self, what: str) -> _Engine:

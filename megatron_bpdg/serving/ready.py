@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from rich.console import Console
 from rich.markup import escape
 
 from megatron_bpdg.config.schema import Servers
-from megatron_bpdg.serving.client import Server
+from megatron_bpdg.serving.client import Server, ServerError
 
 _POLL_S = 1.0
 _REPORT_S = 15.0
 
 
-async def wait_until_ready(servers: Servers, role: str, api_key: str | None, console: Console) -> None:
+async def wait_until_ready(
+    servers: Servers, role: str, api_key: str | None, console: Console, *, engines: Sequence[str] = ()
+) -> None:
     """Return when all servers of a role are healthy, or when `recovery_s` has passed.
 
     What is not healthy by then is for those to judge who need it.
 
     Args:
         role: for the lines that say what is waited for.
+        engines: those that take weights. They are let go on first: a trainer that died within an update has left them
+            paused, and such a server is never healthy.
     """
+    await resume(engines, api_key)
     started = time.monotonic()
     reported = started - _REPORT_S
     missing = list(servers.urls)
     while True:
-        missing = [url for url in missing if not await _healthy(url, api_key)]
+        found = await healthy(missing, api_key)
+        missing = [url for url in missing if url not in found]
         now = time.monotonic()
         if not missing or now - started > servers.recovery_s:
             return
@@ -44,6 +52,23 @@ async def wait_until_ready(servers: Servers, role: str, api_key: str | None, con
         await asyncio.sleep(_POLL_S)
 
 
-async def _healthy(url: str, api_key: str | None) -> bool:
-    async with Server(url, timeout_s=10.0, api_key=api_key) as server:
-        return await server.healthy()
+async def healthy(urls: Iterable[str], api_key: str | None) -> set[str]:
+    """Those that can generate now."""
+
+    async def ask(url: str) -> str | None:
+        async with Server(url, timeout_s=10.0, api_key=api_key) as server:
+            return url if await server.healthy() else None
+
+    return {url for url in await asyncio.gather(*(ask(url) for url in urls)) if url is not None}
+
+
+async def resume(urls: Iterable[str], api_key: str | None) -> None:
+    """Let engines go on that are paused; to others, or those that are not there, nothing happens."""
+
+    async def ask(url: str) -> None:
+        async with Server(url, timeout_s=10.0, api_key=api_key) as server:
+            # What does not hear it is not healthy either, and treated as such.
+            with suppress(ServerError):
+                await server.post("/continue_generation", {})
+
+    await asyncio.gather(*(ask(url) for url in urls))

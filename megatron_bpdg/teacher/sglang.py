@@ -20,6 +20,7 @@ from megatron_bpdg.config.schema import Servers, Teacher
 from megatron_bpdg.models.policy import Groups
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.parallel.share import wait_together
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.answers import Scored, read_scored
 from megatron_bpdg.serving.background import Background
@@ -114,6 +115,8 @@ class SGLangTeacher:
         problem = None
         if self.leader:
             self.prefetch([t for t in trajectories if id(t) not in self._asked])
+        wait_together([self._asked[id(t)][1] for t in trajectories] if self.leader else [])
+        if self.leader:
             try:
                 for trajectory in trajectories:
                     self._store(*self._asked.pop(id(trajectory)))

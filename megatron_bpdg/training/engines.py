@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from megatron_bpdg.data.prompts import special_ids
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
+from megatron_bpdg.parallel.share import wait_together
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.serving.background import Background
 from megatron_bpdg.serving.client import api_key
 from megatron_bpdg.serving.ready import wait_until_ready
 from megatron_bpdg.serving.weights import build_weight_sync
@@ -42,9 +44,14 @@ def wait_for_servers(cfg: RunConfig) -> None:
         if servers is None:
             continue
         key = api_key(servers.api_key_env, f"{role}.servers.api_key_env")
-        if dist.get_rank() == 0:
-            asyncio.run(wait_until_ready(servers, role, key, Console(stderr=True)))
-    dist.barrier()
+        if dist.get_rank() != 0:
+            wait_together([])
+            continue
+        engines = (cfg.rollout.weight_sync.urls or servers.urls) if role == "rollout" else []
+        with closing(Background("bpdg-ready")) as background:
+            ready = background.submit(wait_until_ready(servers, role, key, Console(stderr=True), engines=engines))
+            wait_together([ready])
+            ready.result()
 
 
 def teacher_source(cfg: TeacherConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,11 +14,17 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from megatron_bpdg.data.arithmetic import ALPHABET
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+from megatron_bpdg.serving.client import Server
+from megatron_bpdg.serving.launch import server_command
+from megatron_bpdg.serving.ready import healthy, wait_until_ready
+from megatron_bpdg.serving.role import Device, Role
 from tests.integration.miniature import VOCAB, Miniature, write_shape
 from tests.serving.conftest import DEADLINE_S, free_port
+from tests.serving.parts import patience
 
 BPDG = [sys.executable, "-m", "megatron_bpdg.cli"]
 
@@ -41,7 +48,11 @@ def serving(miniature: Miniature, sglang: str, tmp_path: Path) -> Iterator[tuple
     arguments = ["serve", "student", str(miniature.student), "--python", sglang, "--device", "cpu"]
     with output.open("wb") as stream:
         process = subprocess.Popen(
-            [*BPDG, *arguments, "--port", str(port), "--log", str(tmp_path / "log")], stdout=stream, stderr=stream
+            [*BPDG, *arguments, "--port", str(port), "--log", str(tmp_path / "log")],
+            stdout=stream,
+            stderr=stream,
+            # Where the tests run in the background of a script, Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         wait_for("Ctrl-C stops it", output)
@@ -92,6 +103,14 @@ def test_serve_prints_the_command_only(miniature: Miniature, sglang: str) -> Non
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize(("context", "tokens"), [(64, 16384), (40000, 40000)])
+def test_the_cache_of_a_cpu_server_holds_a_whole_request(
+    miniature: Miniature, sglang: str, context: int, tokens: int
+) -> None:
+    command = server_command(miniature.student, Role.STUDENT, python=sglang, device=Device.CPU, context_length=context)
+    assert f"--max-total-tokens {tokens} " in str(command)
+
+
 def test_serve_quotes_the_log_of_a_server_that_ends(miniature: Miniature, sglang: str, tmp_path: Path) -> None:
     arguments = ["--python", sglang, "--device", "cpu", "--port", free_port(), "--log", tmp_path / "log"]
     done = bpdg("serve", "student", miniature.student, *arguments, "--", "--no-such-flag")
@@ -103,12 +122,32 @@ def test_serve_quotes_the_log_of_a_server_that_ends(miniature: Miniature, sglang
 def test_doctor_on_servers(miniature: Miniature, student_server: Any) -> None:
     done = bpdg("doctor", "--server", student_server.url, "--checkpoint", miniature.student)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in (student_server.url, "0.5.23", str(miniature.student)[:20], "float32", "the checkpoint's"):
+    parts = (student_server.url, "0.5.23", str(miniature.student)[:20], "float32", "the checkpoint's")
+    for part in (*parts, "57 tokens of prompt and response"):
         assert part in done.stdout
     away = bpdg("doctor", "--server", "http://127.0.0.1:9")
     assert away.returncode == 1
     assert "http://127.0.0.1:9" in away.stdout
     assert "problem" in away.stdout
+
+
+def test_a_server_left_paused_by_a_trainer_that_died(student_server: Any) -> None:
+    async def pause() -> bool:
+        async with Server(student_server.url, 60.0) as server:
+            await server.post("/pause_generation", {"mode": "retract"})
+            return await server.healthy(timeout_s=3.0)
+
+    async def wait() -> set[str]:
+        limits = patience(student_server.url, recovery_s=1.0)
+        await wait_until_ready(limits, "rollout", None, Console(stderr=True), engines=[student_server.url])
+        return await healthy([student_server.url], None)
+
+    assert not asyncio.run(pause())
+    done = bpdg("doctor", "--server", student_server.url)
+    assert done.returncode == 1
+    printed = " ".join(done.stdout.replace("│", " ").split())
+    assert "it answers, but does not generate: paused by a trainer that died within a weight update" in printed
+    assert asyncio.run(wait()) == {student_server.url}
 
 
 def test_doctor_names_another_tokenizer_and_vocabulary(student_server: Any, tmp_path: Path) -> None:

@@ -103,6 +103,20 @@ def test_a_prompt_too_long_for_the_server_is_refused_once(
         engine.close()
 
 
+def test_a_response_that_the_server_has_no_room_for_is_not_taken_for_whole(
+    miniature: Miniature, student_server: Any, tmp_path: Path
+) -> None:
+    with trainer(miniature.student, tmp_path) as student:
+        engine = student.engine(patience(student_server.url))
+        student.send(engine, version=0)
+        # The likeliest tokens, which never end by themselves here. SGLang takes two less than the 64 positions.
+        asked = [Request([3, 4], 0)]
+        assert len(generate(engine, asked, Sampling(top_p=1e-6, max_new_tokens=60))[0].ids) == 60
+        with pytest.raises(ServingError, match="after 2, the server stopped after 60: it has room for 62 tokens in"):
+            generate(engine, asked, Sampling(top_p=1e-6, max_new_tokens=61))
+        engine.close()
+
+
 def test_versions_by_token_and_without(miniature: Miniature, student_server: Any, tmp_path: Path) -> None:
     def answer(spans: list[tuple[str, int, int]] | None, version: str) -> Generated:
         return Generated([5, 6, 7], torch.zeros(3), "stop", spans, version)

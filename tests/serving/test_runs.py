@@ -102,6 +102,30 @@ def test_partial_rollouts(miniature: Miniature, student_server: Any, tmp_path: P
     assert all(record.get("mismatch/abs_mean", 0) < 2e-5 for record in records)
 
 
+@pytest.mark.parametrize("role", ["rollout", "teacher", "evaluation"])
+def test_a_run_that_a_server_has_no_room_for_is_refused_at_the_start(
+    miniature: Miniature, student_server: Any, teacher_server: Any, tmp_path: Path, role: str
+) -> None:
+    server = teacher_server if role == "teacher" else student_server
+    longest = max(len(line["prompt"]) for line in read_lines(miniature.task / "train.jsonl"))
+    # SGLang refuses 58 tokens of 64.
+    sampling = {"sampling": {"max_new_tokens": 58 - longest}}
+    layers = {
+        "rollout": [sampled_by(server, **sampling)],
+        "teacher": [taught_by(server), {"rollout": sampling}],
+        "evaluation": [
+            sampled_by(server),
+            {"evaluation": {"data": {"a": str(miniature.task / "train.jsonl")}, "k": [1], **sampling}},
+        ],
+    }[role]
+    section = "evaluation" if role == "evaluation" else "rollout"
+    problem = (
+        f"{section}.sampling.max_new_tokens = {58 - longest} after a prompt of {longest} tokens exceeds the 57 tokens"
+    )
+    with pytest.raises(ValueError, match=f"{problem} that {server.url} has room for"):
+        distill(config(miniature, tmp_path / "run", *layers))
+
+
 def test_a_teacher_that_is_the_student_is_said_to_be(
     miniature: Miniature, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

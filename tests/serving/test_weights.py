@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.config.schema import Layout, WeightSync
 from megatron_bpdg.objectives.objective import TeacherNeeds
-from megatron_bpdg.rollout.sglang import given_logprobs
+from megatron_bpdg.rollout.probe import given_logprobs
 from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.client import Server
 from megatron_bpdg.serving.weights import WeightSyncError, build_weight_sync
@@ -90,6 +90,25 @@ def test_from_tensor_and_pipeline_parallel_ranks(
     for rank in results:
         assert [version for _, version in rank] == ["v-0", "v-1"]
         assert max(distance for distance, _ in rank) < 1e-4
+
+
+@pytest.mark.parametrize("pause", ["retract", "abort"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_sampled_from_what_the_old_weights_computed(
+    miniature: Miniature, student_server: Any, tmp_path: Path, method: str, pause: str
+) -> None:
+    async def cached() -> int:
+        body = {"input_ids": TEXT, "sampling_params": {"max_new_tokens": 1}}
+        async with Server(student_server.url, 60.0) as server:
+            return int((await server.post("/generate", body))["meta_info"]["cached_tokens"])
+
+    with trainer(miniature.student, tmp_path) as student:
+        sync = build_weight_sync(WeightSync(method=method, pause=pause), tmp_path)  # type: ignore[arg-type]
+        asyncio.run(cached())
+        assert asyncio.run(cached()) > 0
+        sync.push(student.weights, "new", [student_server.url])
+        assert asyncio.run(cached()) == 0
+        sync.close()
 
 
 class Nowhere:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bpdg.serving.answers import read_generated, read_scored
+from megatron_bpdg.serving.answers import CutShort, read_generated, read_scored
 from megatron_bpdg.serving.client import MalformedAnswer
 
 GENERATED: dict[str, Any] = {
@@ -44,7 +44,7 @@ SCORED: dict[str, Any] = {
 
 
 def generated(answer: Any, max_new_tokens: int = 8) -> Any:
-    return read_generated(answer, max_new_tokens=max_new_tokens, vocab_size=10, where="http://s/generate")
+    return read_generated(answer, prompt=4, max_new_tokens=max_new_tokens, vocab_size=10, where="http://s/generate")
 
 
 def scored(answer: Any, top_k: int = 2) -> Any:
@@ -70,6 +70,15 @@ def test_an_aborted_response_may_be_empty() -> None:
     answer["meta_info"]["finish_reason"] = {"type": "abort"}
     answer["meta_info"]["weight_versions"] = [{"version": "b", "start": 0, "end": 0}]
     assert (generated(answer).ids, generated(answer).finish) == ([], "abort")
+
+
+def test_a_response_that_the_server_cut_short() -> None:
+    answer = copy.deepcopy(GENERATED)
+    answer["meta_info"]["finish_reason"] = {"type": "length", "length": 3}
+    assert generated(answer, max_new_tokens=3).finish == "length"
+    problem = "asked for up to 5 tokens after 4, the server stopped after 3: it has room for 7 tokens in one request"
+    with pytest.raises(CutShort, match=f"http://s/generate: {problem}"):
+        generated(answer, max_new_tokens=5)
 
 
 def test_scores() -> None:
@@ -164,10 +173,11 @@ def test_broken_scores(change: Callable[[Any], Any], problem: str) -> None:
         scored(answer)
 
 
-def test_the_last_id_of_the_vocabulary_is_named_zero_by_the_server() -> None:
+def test_the_last_id_of_the_vocabulary_may_be_named_zero_by_the_server() -> None:
     answer = copy.deepcopy(SCORED)
-    meta(answer)["input_token_logprobs"][2] = [-3.0, 0, None]
-    result = read_scored(answer, ids=[5, 9], top_k=0, vocab_size=10, where="s")
-    assert result.logprobs_R.tolist() == [-0.25, -3.0]
+    for name in (9, 0):
+        meta(answer)["input_token_logprobs"][2] = [-3.0, name, None]
+        result = read_scored(answer, ids=[5, 9], top_k=0, vocab_size=10, where="s")
+        assert result.logprobs_R.tolist() == [-0.25, -3.0]
     with pytest.raises(MalformedAnswer, match="for token 8"):
         read_scored(answer, ids=[5, 8], top_k=0, vocab_size=10, where="s")

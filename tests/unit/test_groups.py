@@ -140,3 +140,15 @@ def test_no_sample_is_lost_or_used_twice_over_many_steps() -> None:
 def test_extra_prompts_are_for_servers() -> None:
     with pytest.raises(ValueError, match="engine: embedded does not use extra_prompts"):
         Rollout(extra_prompts=2)
+
+
+def test_a_problem_drawn_twice_in_a_step_is_two_groups_of_different_samples() -> None:
+    """Ten problems, eight of them drawn by step 2: the rest of it is a new epoch's, which may bring the same again."""
+    cfg = Rollout(prompts_per_step=8, samples_per_prompt=2, extra_prompts=4, **SERVERS)
+    for seed in range(20):
+        sampler, engine = GroupSampler(cfg, PROMPTS, seed), Scripted(list(range(100)))
+        for step in (1, 2):
+            groups = take(sampler, engine, step)
+            assert len(groups) == 8
+            seeds = [request.seed for request in engine.requests]
+            assert len(set(seeds)) == len(seeds)

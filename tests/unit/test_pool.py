@@ -21,15 +21,16 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Site:
-    """An HTTP server whose answers to /work a test scripts; /health follows `healthy`."""
+    """An HTTP server whose answers to /work a test scripts; /health follows `healthy` and `paused`."""
 
     def __init__(self) -> None:
         self.script: list[Handler] = []
         self.asked = self.at_once = self.most_at_once = 0
-        self.healthy = True
+        self.healthy, self.paused = True, False
         app = web.Application()
         app.router.add_post("/work", self._work)
         app.router.add_get("/health", self._health)
+        app.router.add_post("/continue_generation", self._continue)
         self.server = TestServer(app)
 
     async def _work(self, request: web.Request) -> web.StreamResponse:
@@ -45,7 +46,11 @@ class Site:
             self.at_once -= 1
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if self.healthy else 503)
+        return web.Response(status=200 if self.healthy and not self.paused else 503)
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        self.paused = False
+        return web.json_response({"status": "ok"})
 
     @property
     def url(self) -> str:
@@ -116,7 +121,11 @@ def test_requests_share_the_servers_within_the_bound_and_each_is_answered_once()
     run(test)
 
 
-@pytest.mark.parametrize("failure", [status(500), status(503), hang, hang_up], ids=["500", "503", "slow", "cut"])
+@pytest.mark.parametrize(
+    "failure",
+    [status(500), status(503), status(429), status(408), hang, hang_up],
+    ids=["500", "503", "429", "408", "slow", "cut"],
+)
 def test_a_failed_request_goes_to_the_other_server(failure: Handler) -> None:
     async def test(one: Site, two: Site) -> None:
         one.healthy = False
@@ -252,6 +261,19 @@ def test_servers_that_still_start_are_waited_for() -> None:
         assert printed == f"waiting for teacher server {two.url}: 0 of 60 s (teacher.servers.recovery_s)\n"
         one.healthy = False
         await asyncio.wait_for(wait_until_ready(limits(one.url), "rollout", None, said), 10)
+
+    run(test)
+
+
+def test_engines_that_a_dead_trainer_left_paused_go_on() -> None:
+    async def test(one: Site, two: Site) -> None:
+        gone = f"http://127.0.0.1:{unused_port()}"
+        one.paused = two.paused = True
+        said = Console(file=io.StringIO())
+        await asyncio.wait_for(wait_until_ready(limits(one.url), "rollout", None, said, engines=[one.url, gone]), 10)
+        assert not one.paused
+        await wait_until_ready(limits(two.url, recovery_s=0.01), "teacher", None, said)
+        assert two.paused, "it is not this run's to let go on"
 
     run(test)
 

@@ -88,6 +88,14 @@ def test_the_api_key_is_known_to_the_health_check(tmp_path: Path, extra: list[st
     assert command(model(tmp_path / "m")).api_key is None
 
 
+@pytest.mark.parametrize("extra", [["--api-key", "secret"], ["--api-key=secret"]])
+def test_the_api_key_is_not_printed(tmp_path: Path, extra: list[str]) -> None:
+    made = command(model(tmp_path / "m"), extra=[*extra, "--log-level", "info"])
+    assert "secret" not in str(made)
+    assert "--api-key" in str(made)
+    assert str(made).endswith("--log-level info")
+
+
 def test_the_printed_command_can_be_pasted(tmp_path: Path) -> None:
     text = str(command(model(tmp_path / "with space")))
     assert text.startswith("env HF_HUB_OFFLINE=1 py -m sglang.launch_server --model-path '")

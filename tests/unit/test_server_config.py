@@ -65,6 +65,8 @@ def test_a_run_with_two_servers() -> None:
         ),
         ({"objective": {"name": "forward_kl"}}, "objective.name: forward_kl needs the teacher's whole distribution"),
         ({"rollout": {"engine": "sglang", "servers": {"urls": []}}}, "at least 1 item"),
+        # It would go on with caches of the old weights.
+        ({"rollout": SERVED["rollout"] | {"weight_sync": {"pause": "in_place"}}}, "should be 'retract' or 'abort'"),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, Any], problem: str) -> None:

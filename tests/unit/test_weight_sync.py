@@ -1,12 +1,19 @@
-"""Packing weights into buckets."""
+"""Packing weights into buckets, and how transports find engines and trainers."""
 
 from __future__ import annotations
 
+import socket
+from typing import Any
+
+import psutil
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_bpdg.serving.weights import tensor as by_memory
 from megatron_bpdg.serving.weights.base import buckets
+from megatron_bpdg.serving.weights.distributed import _address
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 100))
@@ -30,3 +37,30 @@ def test_buckets_own_their_memory() -> None:
     assert tensor.untyped_storage().nbytes() == 12
     whole.zero_()
     assert tensor.tolist() == [1.0, 5.0, 9.0]
+
+
+def test_each_rank_of_each_engine_gets_a_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_memory.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(by_memory.dist, "get_world_size", lambda: 1)
+    sent: dict[str, int] = {}
+
+    class Calls:
+        def post(self, path: str, body: Any) -> None:
+            sent.update({url: len(body(url)["serialized_named_tensors"]) for url in ("one", "two")})
+
+    sync = by_memory.TensorSync(10**6, pause="retract", timeout_s=1.0, api_key=None)
+    sync._send([("w", torch.ones(3))], "v", Calls(), {"one": range(2), "two": range(2, 5)})  # type: ignore[arg-type]
+    assert sent == {"one": 2, "two": 3}
+
+
+def test_engines_are_told_the_address_that_they_can_reach() -> None:
+    assert _address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    ours = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
+    ]
+    if not ours:
+        pytest.skip("this machine has no address but its own loopback")
+    assert _address(["http://127.0.0.1:1", f"http://{ours[0]}:2"]) == ours[0]

@@ -14,9 +14,12 @@ from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.serving.background import Background
 from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
 
-Pause = Literal["retract", "abort", "in_place"]
+Pause = Literal["retract", "abort"]
 Bucket = list[tuple[str, Tensor]]
 Body = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
+
+# For all calls that carry no weights: an engine that hangs must not hold the others paused for longer.
+_CONTROL_S = 60.0
 
 
 class WeightSyncError(RuntimeError):
@@ -58,9 +61,9 @@ class Update:
 
     def __init__(self, urls: Sequence[str], *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
         self.failed: dict[str, str] = {}
-        self.flush = pause != "in_place"  # a server refuses to drop caches that paused requests still use
         self._begun: set[str] = set()
         self._pause = pause
+        self._control_s = min(timeout_s, _CONTROL_S)
         self._servers = {url: Server(url, timeout_s, api_key) for url in urls}
         self._background = Background("bpdg-weights")
 
@@ -72,7 +75,7 @@ class Update:
     def __enter__(self) -> Self:
         for server in self._servers.values():
             self._background.run(server.__aenter__())
-        self.post("/pause_generation", {"mode": self._pause})
+        self._control("/pause_generation", {"mode": self._pause})
         return self
 
     def __exit__(
@@ -81,9 +84,9 @@ class Update:
         # Those that failed too: a server that refused an update must stay neither paused nor in the middle of it.
         refused = dict(self.failed)
         self.failed = {url: "" for url in self._servers if url not in self._begun}
-        self.post("/end_weight_update", {})
+        self._control("/end_weight_update")
         self.failed = {}
-        self.post("/continue_generation", {})
+        self._control("/continue_generation")
         self.failed |= refused
         for server in self._servers.values():
             self._background.run(server.close())
@@ -93,24 +96,24 @@ class Update:
         """Open the update of weights that come tensor by tensor."""
         # A trainer that died may have left one open; where none is, the server refuses and nothing happens.
         before = dict(self.failed)
-        self.post("/end_weight_update", {})
+        self._control("/end_weight_update")
         self.failed = before
-        self.post("/begin_weight_update", {})
+        self._control("/begin_weight_update")
         self._begun = set(self.urls)
 
     def end(self) -> None:
         """Close it."""
-        self.post("/end_weight_update", {})
+        self._control("/end_weight_update")
         self._begun -= set(self.urls)
 
     def post(self, path: str, body: Body) -> None:
         """Call every server that has not failed; `body` may depend on the URL."""
         self.start(path, body)()
 
-    def start(self, path: str, body: Body) -> Callable[[], None]:
+    def start(self, path: str, body: Body, *, timeout_s: float | None = None) -> Callable[[], None]:
         """As `post`, but returns at once; call what it returns to wait for the answers."""
         calls = {
-            url: self._background.submit(self._call(url, path, dict(body(url) if callable(body) else body)))
+            url: self._background.submit(self._call(url, path, dict(body(url) if callable(body) else body), timeout_s))
             for url in self.urls
         }
 
@@ -129,7 +132,7 @@ class Update:
         Raises:
             ServerError: see `Server.get`.
         """
-        return self._background.run(self._servers[url].get(path))
+        return self._background.run(self._servers[url].get(path, timeout_s=self._control_s))
 
     def alive(self, url: str) -> bool:
         """Whether a server can be reached."""
@@ -150,8 +153,11 @@ class Update:
             if found != version:
                 self.failed[url] = f"{url} took an update to {version!r} but says that its weights are {found!r}"
 
-    async def _call(self, url: str, path: str, body: dict[str, Any]) -> None:
-        answer = await self._servers[url].post(path, body)
+    def _control(self, path: str, body: Body | None = None) -> None:
+        self.start(path, body or {}, timeout_s=self._control_s)()
+
+    async def _call(self, url: str, path: str, body: dict[str, Any], timeout_s: float | None) -> None:
+        answer = await self._servers[url].post(path, body, timeout_s=timeout_s)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise MalformedAnswer(f"{url}{path}: {answer.get('message')}")
 

@@ -19,7 +19,7 @@ class DiskSync:
         directory: of the versions.
         keep: newest versions that are kept; older ones are deleted once the servers have the new one.
         pause: what servers do with requests under way.
-        timeout_s: one call to a server.
+        timeout_s: one call that carries weights to a server.
         api_key: bearer token, or None.
     """
 
@@ -34,7 +34,7 @@ class DiskSync:
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
             with Update(urls, pause=self.pause, timeout_s=self.timeout_s, api_key=self.api_key) as update:
-                body = {"model_path": str(path), "weight_version": version, "flush_cache": update.flush}
+                body = {"model_path": str(path), "weight_version": version, "flush_cache": True}
                 update.post("/update_weights_from_disk", body)
                 update.check_version(version)
             failed = update.failed

@@ -6,6 +6,8 @@ import socket
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ class DistributedSync:
 
     Args:
         bucket_bytes: sent at once.
-        master_address, master_port: where the engines meet rank 0; None: its host name, a free port.
+        master_address, master_port: where the engines meet rank 0; None: its address towards them, a free port.
         pause, timeout_s, api_key: as for `DiskSync`.
     """
 
@@ -125,7 +127,7 @@ class DistributedSync:
                 update.failed[url] = f"{url}/server_info has no tensor-parallel size: {error}"
         if not update.urls:
             return True
-        address = self.master_address or _address()
+        address = self.master_address or _address(update.urls)
         port = self.master_port or _free_port()
         name = f"bpdg-{uuid.uuid4().hex[:8]}"
         world = 1 + sum(sizes[url] for url in update.urls)
@@ -167,7 +169,7 @@ class DistributedSync:
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
                 "group_name": self._name,
-                "flush_cache": version is not None and update.flush,
+                "flush_cache": version is not None,
                 "weight_version": version,
             },
         )
@@ -210,7 +212,7 @@ class DistributedSync:
 
     def close(self) -> None:
         if self._group is not None:
-            with Update(self._members, pause="in_place", timeout_s=30.0, api_key=self.api_key) as update:
+            with Update(self._members, pause="retract", timeout_s=30.0, api_key=self.api_key) as update:
                 self._leave(update)
 
 
@@ -234,8 +236,17 @@ def _make_group(address: str, port: int, world: int, name: str, backend: str, ti
     return group
 
 
-def _address() -> str:
-    return socket.gethostbyname(socket.gethostname()) if torch.cuda.is_available() else "127.0.0.1"
+def _address(urls: Sequence[str]) -> str:
+    """Of this machine, on its way to an engine on another one if there is one."""
+    ways = []
+    for url in urls:
+        parts = urlsplit(url)
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # sends nothing
+            ways.append(str(probe.getsockname()[0]))
+    return next((way for way in ways if not ip_address(way).is_loopback), ways[0])
 
 
 def _free_port() -> int:

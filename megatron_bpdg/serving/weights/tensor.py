@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,17 @@ class TensorSync:
     Args:
         bucket_bytes: sent at once.
         pause, timeout_s, api_key: as for `DiskSync`.
+
+    Raises:
+        ValueError: handles of GPU memory cannot be made here.
     """
 
     def __init__(self, bucket_bytes: int, *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
+        if torch.cuda.is_available() and importlib.util.find_spec("sglang") is None:
+            raise ValueError(
+                "rollout.weight_sync.method: tensor makes handles of GPU memory with SGLang's own code, and the "
+                "trainer's environment has no sglang: install it there too, or use distributed or disk"
+            )
         self.bucket_bytes = bucket_bytes
         self.pause, self.timeout_s, self.api_key = pause, timeout_s, api_key
 
@@ -55,18 +64,16 @@ class TensorSync:
     def _send(self, weights: Weights, version: str, update: Update | None, ranks: dict[str, range]) -> None:
         with _shared_by_name():
             for bucket, last in buckets(weights, self.bucket_bytes):
-                payloads = _payloads(bucket, len(ranks))
+                payloads = _payloads(bucket, sum(len(devices) for devices in ranks.values()))
                 if update is None:
                     # Peers keep their bucket until rank 0 has heard that it was read.
                     dist.barrier()
                     continue
 
-                def body(
-                    url: str, payloads: Any = payloads, last: bool = last, update: Update = update
-                ) -> dict[str, Any]:
+                def body(url: str, payloads: Any = payloads, last: bool = last) -> dict[str, Any]:
                     return {
                         "serialized_named_tensors": [payloads[rank] for rank in ranks[url]],
-                        "flush_cache": last and update.flush,
+                        "flush_cache": last,
                         "weight_version": version if last else None,
                     }
 
@@ -95,13 +102,13 @@ class TensorSync:
         return ranks
 
 
-def _payloads(bucket: Bucket, engines: int) -> Any:
+def _payloads(bucket: Bucket, receivers: int) -> Any:
     """What `MultiprocessingSerializer` makes of a bucket, by rank. Collective over the world on GPUs."""
     if not torch.cuda.is_available():
         if dist.get_rank() != 0:
             return None
-        # Opening a handle uses it up: each engine gets one of its own.
-        return [_serialize(bucket) for _ in range(max(engines, 1))]
+        # Opening a handle uses it up: each engine's rank gets one of its own.
+        return [_serialize(bucket) for _ in range(receivers)]
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
     # Names devices by UUID: the engine may number them differently.

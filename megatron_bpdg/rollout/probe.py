@@ -1,0 +1,63 @@
+"""Whether engines have the weights that they were sent, from what they say about a text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+
+from megatron_bpdg.rollout.engine import Probe
+from megatron_bpdg.serving.answers import read_scored
+from megatron_bpdg.serving.client import Server, ServerError, ServerUnavailable
+
+_TIMEOUT_S = 60.0
+
+
+async def check_probe(
+    urls: Sequence[str], probe: Probe, vocab_size: int, api_key: str | None
+) -> tuple[dict[str, str], list[str]]:
+    """Server -> why it did not answer the probe text, and what is wrong with the answers of the others."""
+    unanswered: dict[str, str] = {}
+    wrong: list[str] = []
+
+    async def check(url: str) -> None:
+        async with Server(url, _TIMEOUT_S, api_key) as server:
+            try:
+                difference = (await given_logprobs(server, probe.ids, vocab_size) - probe.logprobs_T).abs()
+            except ServerUnavailable as error:
+                unanswered[url] = f"no answer to the probe text: {error}"
+                return
+            except ServerError as error:
+                wrong.append(f"{url} does not answer the probe text: {error}")
+                return
+        if not float(difference.mean()) <= probe.tolerance:
+            wrong.append(
+                f"{url} does not answer as the weights it was sent: log-probs of the probe text differ by "
+                f"{float(difference.mean()):.3g} nats on average (at most {float(difference.max()):.3g}), allowed "
+                f"{probe.tolerance:g} (rollout.weight_sync.probe_tolerance); check its model and --dtype"
+            )
+
+    await asyncio.gather(*(check(url) for url in urls))
+    return unanswered, wrong
+
+
+async def weights_are(url: str, version: str, api_key: str | None) -> bool:
+    """Whether a server can be asked and calls its weights `version`."""
+    async with Server(url, _TIMEOUT_S, api_key) as server:
+        try:
+            return await server.weight_version() == version
+        except ServerError:
+            return False
+
+
+async def given_logprobs(server: Server, ids: list[int], vocab_size: int) -> torch.Tensor:
+    """Log-probs of all but the first id at temperature 1, float32."""
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    raw = await server.post("/generate", body)
+    return read_scored(raw, ids=ids[1:], top_k=0, vocab_size=vocab_size, where=f"{server.url}/generate").logprobs_R
