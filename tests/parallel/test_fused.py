@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, at tiny sizes: dense values and gradients at 1 and 2 ranks.
+"""The Triton kernels in Triton's interpreter, at tiny sizes: dense values and gradients at 1, 2 and 4 ranks.
 
 In processes of their own: the interpreter is chosen when Triton is imported.
 """
@@ -45,7 +45,7 @@ def on_ranks() -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_kernels_give_dense_values_and_gradients(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
