@@ -108,6 +108,11 @@ class Server:
         text = content[:500].decode(errors="replace")
         if response.status >= 500 or response.status in _BUSY:
             raise ServerUnavailable(f"{where}: status {response.status}: {text}")
+        if response.status in (401, 403):
+            raise RequestRefused(
+                f"{where}: status {response.status}: it wants its API key, of the environment variable that "
+                "servers.api_key_env or --api-key-env names"
+            )
         if response.status >= 400:
             raise RequestRefused(f"{where}: status {response.status}: {text}")
         if not content:

@@ -233,6 +233,17 @@ def test_a_wrong_request_is_not_sent_again() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_missing_key_is_named_as_such(code: int) -> None:
+    async def test(one: Site, two: Site) -> None:
+        one.script = [status(code, '{"error": "Unauthorized"}')]
+        async with Server(one.url, timeout_s=5.0) as server:
+            with pytest.raises(RequestRefused, match=rf"status {code}: it wants its API key, .*servers\.api_key_env"):
+                await server.post("/work", {"n": 0})
+
+    run(test)
+
+
 def test_a_server_that_keeps_answering_nonsense_is_taken_out() -> None:
     async def test(one: Site, two: Site) -> None:
         one.healthy = False
