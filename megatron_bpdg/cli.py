@@ -201,8 +201,8 @@ def report(
     """Write RUN/report.html: pass@k, loss, gates, the drift heat map."""
     from megatron_bpdg.report.html import write_report
     from megatron_bpdg.report.passk import summary_rows
-    from megatron_bpdg.report.progress import summary_table
     from megatron_bpdg.report.run import load_run
+    from megatron_bpdg.tracking.tables import summary_table
 
     page = write_report(run, compare or [])
     rows = [{"run": path.name, **row} for path in [run, *(compare or [])] for row in summary_rows(load_run(path))]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_bpdg.report.metrics import MetricsLogger
+from megatron_bpdg.tracking.metrics import MetricsLogger
 
 CONFIG = {
     "kind": "opd",

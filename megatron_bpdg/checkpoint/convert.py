@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from megatron_bpdg.checkpoint.bar import progress_bar
 from megatron_bpdg.checkpoint.cast import Cast
 from megatron_bpdg.checkpoint.directory import RELEASE, Source
 from megatron_bpdg.checkpoint.files import check_disk_space, copy_sidecars
@@ -39,6 +38,7 @@ from megatron_bpdg.checkpoint.torch_dist_writer import (
     write_hf_folder,
 )
 from megatron_bpdg.checkpoint.transfer import OutputFile, has_record, is_complete, read_record, transfer
+from megatron_bpdg.tracking.progress import progress_bar
 
 MAX_SHARD_SIZE = 5 * 10**9
 # Headers, metadata and tokenizer files on top of the tensors.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_bpdg.tracking.files import fsync_path
+from megatron_bpdg.tracking.files import write_text as write_text
 
 # Kept next to the weights so that a converted checkpoint serves as a model directory by itself.
 SIDECAR_PATTERNS = (
@@ -20,26 +22,6 @@ SIDECAR_PATTERNS = (
     "added_tokens.json",
     "chat_template*",
 )
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file, or a directory's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small text file atomically."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    fsync_path(path.parent)
 
 
 def check_free(destination: Path, *, overwrite: bool) -> None:

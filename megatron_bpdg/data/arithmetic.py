@@ -13,7 +13,6 @@ after a student's slip: it can go on correctly from the wrong value.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer, write_char_tokenizer
 from megatron_bpdg.models.hf_config import write_qwen3_config
+from megatron_bpdg.tracking.files import replacing
 
 ALPHABET = "0123456789+-=#\n"
 _PROMPT = re.compile(r"\d+([+-]\d+)+=")
@@ -217,9 +217,5 @@ def _with_slip(task: ArithmeticTask, rng: random.Random, index: int, prompt: str
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(path) as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

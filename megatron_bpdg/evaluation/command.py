@@ -18,8 +18,8 @@ from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
 from megatron_bpdg.evaluation.bootstrap import bootstrap
 from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.parallel.world import world
-from megatron_bpdg.report.progress import summary_table
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
+from megatron_bpdg.tracking.tables import summary_table
 
 
 def evaluate_checkpoint(

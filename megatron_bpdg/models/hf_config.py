@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_bpdg.tracking.files import write_text
+
 
 def write_qwen3_config(
     path: Path,
@@ -65,6 +67,4 @@ def write_qwen3_config(
         "eos_token_id": eos_token_id,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(config, indent=2) + "\n")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_bpdg.report.progress import format_seconds
 from megatron_bpdg.report.run import Run
 from megatron_bpdg.report.template import escape
+from megatron_bpdg.tracking.progress import format_seconds
 
 _LAYOUT_NAMES = (
     ("TP", "tensor_parallel"),

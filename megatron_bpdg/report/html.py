@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_bpdg.report.plots import (
 from megatron_bpdg.report.run import Run, load_runs
 from megatron_bpdg.report.style import figure_svg, style
 from megatron_bpdg.report.template import absent, escape, facts, figure, figures, page, section, table
+from megatron_bpdg.tracking.files import write_text
 
 REPORT_FILE = "report.html"
 _SAMPLE_CHARACTERS = 4000
@@ -45,12 +45,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
     """
     runs = load_runs(run_dir, list(compare))
     destination = run_dir / REPORT_FILE
-    temporary = destination.with_name(f".{REPORT_FILE}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(render(runs))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(destination)
+    write_text(destination, render(runs))
     return destination
 
 

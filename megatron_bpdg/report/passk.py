@@ -58,7 +58,7 @@ def before_and_after(run: Run) -> list[Comparison]:
 
 
 def summary_rows(run: Run) -> list[dict[str, object]]:
-    """Rows for `progress.summary_table`: percent, with the interval of the difference."""
+    """Rows for `tables.summary_table`: percent, with the interval of the difference."""
     return [
         {
             "benchmark": row.benchmark,

@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_bpdg.evaluation.benchmark import EvalResult, read_evals
-from megatron_bpdg.report.metrics import DRIFT_FILE, read_jsonl, read_metrics
+from megatron_bpdg.tracking.metrics import DRIFT_FILE, read_jsonl, read_metrics
 
 CONFIG_FILE = "config.yaml"
 SAMPLES_FILE = "samples.jsonl"

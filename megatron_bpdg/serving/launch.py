@@ -19,6 +19,7 @@ from megatron_bpdg.checkpoint.cast import DTYPES
 from megatron_bpdg.checkpoint.convert import megatron_to_hf
 from megatron_bpdg.checkpoint.source import is_megatron, open_megatron
 from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.tracking.files import write_text
 
 MIN_SGLANG = Version("0.5.23")
 PYTHON_VARIABLE = "BPDG_SGLANG_PYTHON"
@@ -229,7 +230,7 @@ def as_hf(checkpoint: Path, export: Path | None, console: Console) -> Path:
         )
     console.print(f"exporting {checkpoint} to {export}", soft_wrap=True)
     megatron_to_hf(checkpoint, export, overwrite=True, console=console)
-    record.write_text(json.dumps(files))
+    write_text(record, json.dumps(files))
     return export
 
 

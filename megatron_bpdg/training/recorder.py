@@ -16,9 +16,10 @@ import torch.distributed as dist
 from megatron_bpdg.config.load import dump_config
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
-from megatron_bpdg.report.metrics import MetricsLogger
-from megatron_bpdg.report.progress import TrainingProgress
 from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.tracking.files import write_text
+from megatron_bpdg.tracking.metrics import MetricsLogger
+from megatron_bpdg.tracking.progress import TrainingProgress
 from megatron_bpdg.training.setup import Run
 from megatron_bpdg.training.step import StepReport
 
@@ -40,7 +41,7 @@ class Recorder:
         if self.writes:
             output = self.cfg.output
             output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(dump_config(self.cfg))
+            write_text(output / "config.yaml", dump_config(self.cfg))
             self.metrics = self._exits.enter_context(
                 MetricsLogger(
                     output, self.cfg.logging.tensorboard, self.cfg.logging.wandb, self.cfg.model_dump(mode="json")

@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_bpdg.report.metrics import MetricsLogger, read_jsonl, read_metrics
-from megatron_bpdg.report.progress import TrainingProgress, format_seconds, summary_table
+from megatron_bpdg.tracking.metrics import MetricsLogger, read_jsonl, read_metrics
+from megatron_bpdg.tracking.progress import TrainingProgress, format_seconds
+from megatron_bpdg.tracking.tables import summary_table
 
 
 def lines(path: Path) -> list[dict[str, object]]:

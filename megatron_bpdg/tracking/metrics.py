@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+from megatron_bpdg.tracking.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
 DRIFT_FILE = "drift.jsonl"
@@ -149,13 +150,10 @@ def _drop_steps_after(path: Path, step: float) -> None:
     """Also drops an unfinished last line, which the next write would otherwise be glued to."""
     if not path.exists():
         return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(path) as stream:
         for record in read_jsonl(path):
             if record["step"] <= step:
                 _write_line(stream, record)
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _start_tensorboard(run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Any:

@@ -1,15 +1,26 @@
-"""Progress of a run in the terminal: a live bar on a TTY, plain periodic lines in a log file."""
+"""Progress in the terminal: of a run (a live bar on a TTY, plain periodic lines in a log file), and in bytes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -112,17 +123,24 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def summary_table(rows: Sequence[Mapping[str, object]], title: str | None = None) -> Table:
-    """Table for the end of a run: one column per key, in order of first appearance; floats to four digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        numeric = all(isinstance(row[name], int | float) for row in rows if name in row)
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(Text(_cell(row.get(name, ""))) for name in columns))
-    return table
+class _Rate(ProgressColumn):
+    """GB/s of late."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("- GB/s" if speed is None else f"{speed / 1e9:.2f} GB/s")
 
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+@contextmanager
+def progress_bar(console: Console | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show bytes done of `total`, GB/s and remaining time; yields the function that advances it, from any thread.
+
+    Without a console there is none.
+    """
+    if console is None:
+        yield lambda num_bytes: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda num_bytes: progress.advance(task, num_bytes)
