@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from megatron_bpdg.rollout.engine import Probe
-from megatron_bpdg.serving.answers import read_scored
-from megatron_bpdg.serving.client import Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.http.client import Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.sglang.answers import read_scored
 
 _TIMEOUT_S = 60.0
 

@@ -22,11 +22,11 @@ from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.share import wait_together
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.serving.answers import Scored, read_scored
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
-from megatron_bpdg.serving.pool import ServerPool, ServingError
-from megatron_bpdg.serving.tokenizer_check import check_tokenizer
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.http.pool import ServerPool, ServingError
+from megatron_bpdg.serving.sglang.answers import Scored, read_scored
+from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
 
 # Tokens of the text by which a teacher's servers are told apart, and how far right answers to it may be apart.
 _FINGERPRINT_TOKENS = 32

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bpdg.serving.answers import CutShort, read_generated, read_scored
-from megatron_bpdg.serving.client import MalformedAnswer
+from megatron_bpdg.serving.http.client import MalformedAnswer
+from megatron_bpdg.serving.sglang.answers import CutShort, read_generated, read_scored
 
 GENERATED: dict[str, Any] = {
     "output_ids": [5, 6, 1],

@@ -17,10 +17,10 @@ from aiohttp import web
 from megatron_bpdg.config.schema import Sampling, Servers
 from megatron_bpdg.rollout.engine import Probe, Request, generate
 from megatron_bpdg.rollout.sglang import SGLangEngine
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.facts import served_room
-from megatron_bpdg.serving.pool import ServingError, State
-from megatron_bpdg.serving.weights import DiskSync, WeightSyncError, base
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.pool import ServingError, State
+from megatron_bpdg.serving.sglang.facts import served_room
+from megatron_bpdg.serving.sglang.weights import DiskSync, WeightSyncError, base
 
 PROBE = Probe([1, 2, 3], torch.tensor([-1.0, -1.0]), 1e-3)
 PATIENCE: dict[str, Any] = {"timeout_s": 20.0, "attempts": 3, "backoff_s": 0.02, "recovery_s": 20.0}

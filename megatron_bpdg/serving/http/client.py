@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP, with every way it can fail told apart."""
+"""One server over HTTP, with every way it can fail told apart."""
 
 from __future__ import annotations
 

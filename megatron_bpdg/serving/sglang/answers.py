@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bpdg.serving.client import MalformedAnswer, ServerError
+from megatron_bpdg.serving.http.client import MalformedAnswer, ServerError
 
 
 class CutShort(ServerError):
