@@ -236,7 +236,7 @@ class SGLangEngine:
         }
         job.asked = (server, request_id)
         try:
-            raw = await server.post("/generate", body)
+            content = await server.post_raw("/generate", body)
         except ServerUnavailable:
             # It may only have been too slow: whatever it still does for this request is not wanted any more.
             await _abort(server, request_id)
@@ -245,7 +245,7 @@ class SGLangEngine:
             job.asked = None
         where = f"{server.url}/generate, {job.name}"
         answer = read_generated(
-            raw, prompt=len(input_ids), max_new_tokens=left, vocab_size=self.vocab_size, where=where
+            content, prompt=len(input_ids), max_new_tokens=left, vocab_size=self.vocab_size, where=where
         )
         if answer.finish == "abort" and not answer.ids and not job.interrupted:
             # Counted as a failed try: a server that does nothing else would be asked again for ever.

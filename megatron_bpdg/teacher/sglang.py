@@ -224,14 +224,9 @@ async def ask_scores(
             "return_flat_raw_top_logprobs": True,
             "return_flat_raw_top_logprobs_b64": True,
         }
-    where = f"{server.url}/generate"
-    answers = await server.post("/generate", body)
-    if not isinstance(answers, list) or len(answers) != len(texts):
-        raise MalformedAnswer(f"{where}: expected a list of {len(texts)} answers")
-    return [
-        read_scored(answer, ids=scored, top_k=top_k, vocab_size=vocab_size, where=where)
-        for answer, (_, scored) in zip(answers, texts)
-    ]
+    content = await server.post_raw("/generate", body)
+    scored = [ids for _, ids in texts]
+    return read_scored(content, scored, top_k=top_k, vocab_size=vocab_size, where=f"{server.url}/generate")
 
 
 async def _item(answers: Future[list[Scored]], position: int) -> Scored:

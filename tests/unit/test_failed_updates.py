@@ -58,8 +58,9 @@ class FakeEngine:
         if path == "/server_info":
             return web.json_response(self.info)
         if path == "/probe":
-            pairs = [[None, 1, None], *([-1.0, token, None] for token in body["input_ids"][1:])]
-            return web.json_response({"output_ids": [], "meta_info": meta | {"input_token_logprobs": pairs}})
+            (ids,) = body["input_ids"]
+            pairs = [[None, 1, None], *([-1.0, token, None] for token in ids[1:])]
+            return web.json_response([{"output_ids": [], "meta_info": meta | {"input_token_logprobs": pairs}}])
         if path == "/generate":
             meta |= {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 1, None]]}
             return web.json_response({"output_ids": [1], "meta_info": meta})

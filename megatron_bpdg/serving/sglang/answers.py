@@ -7,11 +7,14 @@ not change them. Those of *given* tokens (a prompt, or a response to be scored) 
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import AliasPath, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from megatron_bpdg.serving.http.client import MalformedAnswer, ServerError
@@ -57,7 +60,50 @@ class Scored:
     version: str
 
 
-def read_generated(answer: Any, *, prompt: int, max_new_tokens: int, vocab_size: int, where: str) -> Generated:
+# Log-prob, id, and the text of the id, which is null unless asked for.
+_Pairs = list[tuple[float | None, int, Any]]
+_Base64 = Annotated[bytes, BeforeValidator(lambda text: base64.b64decode(str(text), validate=True))]
+
+
+class _Span(BaseModel, strict=True):
+    version: str
+    start: int
+    end: int
+
+
+class _Sampled(BaseModel, strict=True):
+    ids: list[int] = Field(validation_alias="output_ids")
+    pairs: _Pairs = Field(validation_alias=AliasPath("meta_info", "output_token_logprobs"))
+    finish: Literal["stop", "length", "abort"] = Field(validation_alias=AliasPath("meta_info", "finish_reason", "type"))
+    version: str = Field(validation_alias=AliasPath("meta_info", "weight_version"))
+    spans: list[_Span] | None = Field(None, validation_alias=AliasPath("meta_info", "weight_versions"))
+
+
+class _Given(BaseModel, strict=True):
+    input_token_logprobs: _Pairs
+    weight_version: str
+
+
+class _GivenAndTop(_Given):
+    input_top_logprobs_shape: list[int]
+    input_top_logprobs_null_prefix: Literal[1]
+    input_top_logprobs_idx_flat_b64: _Base64
+    input_top_logprobs_idx_flat_b64_dtype: Literal["int32"]
+    input_top_logprobs_val_flat_b64: _Base64
+    input_top_logprobs_val_flat_b64_dtype: Literal["float32"]
+
+
+_Meta = TypeVar("_Meta", bound=_Given)
+
+
+class _Item(BaseModel, Generic[_Meta]):
+    meta_info: _Meta
+
+
+_PLAIN, _WITH_TOP = TypeAdapter(list[_Item[_Given]]), TypeAdapter(list[_Item[_GivenAndTop]])
+
+
+def read_generated(content: bytes, *, prompt: int, max_new_tokens: int, vocab_size: int, where: str) -> Generated:
     """Parse the answer to one sampling request with `return_logprob`.
 
     Args:
@@ -67,120 +113,102 @@ def read_generated(answer: Any, *, prompt: int, max_new_tokens: int, vocab_size:
         CutShort: the server has less room than prompt and response need.
         MalformedAnswer: what is missing, or does not fit what was asked for.
     """
-    fail = _Failure(where)
-    meta = fail.member(answer, "meta_info", dict)
-    ids = fail.member(answer, "output_ids", list)
-    pairs = fail.member(meta, "output_token_logprobs", list)
-    finish = fail.member(fail.member(meta, "finish_reason", dict), "type", str)
-    if finish not in ("stop", "length", "abort"):
-        fail(f"finish_reason.type is {finish!r}")
-    if len(pairs) != len(ids):
-        fail(f"{len(ids)} tokens but {len(pairs)} log-probs")
-    if len(ids) > max_new_tokens:
-        fail(f"{len(ids)} tokens, more than the {max_new_tokens} asked for")
-    if finish == "length" and len(ids) < max_new_tokens:
-        raise CutShort(
-            f"{where}: asked for up to {max_new_tokens} tokens after {prompt}, the server stopped after {len(ids)}: it "
-            f"has room for {prompt + len(ids)} tokens in one request; raise its --context-length or "
-            "--max-total-tokens, or lower max_new_tokens"
-        )
-    if not ids and finish != "abort":
-        fail(f"no tokens, yet finished by {finish!r}")
-    _check_ids(ids, vocab_size, fail)
-    logprobs_R = _logprobs(pairs, ids, fail)
-    return Generated(ids, logprobs_R, finish, _spans(meta, len(ids), fail), fail.member(meta, "weight_version", str))
+    with _refusing(where):
+        answer = _Sampled.model_validate_json(content)
+        ids, finish = answer.ids, answer.finish
+        if len(answer.pairs) != len(ids):
+            raise ValueError(f"{len(ids)} tokens but {len(answer.pairs)} log-probs")
+        if len(ids) > max_new_tokens:
+            raise ValueError(f"{len(ids)} tokens, more than the {max_new_tokens} asked for")
+        if finish == "length" and len(ids) < max_new_tokens:
+            raise CutShort(
+                f"{where}: asked for up to {max_new_tokens} tokens after {prompt}, the server stopped after "
+                f"{len(ids)}: it has room for {prompt + len(ids)} tokens in one request; raise its --context-length "
+                "or --max-total-tokens, or lower max_new_tokens"
+            )
+        if not ids and finish != "abort":
+            raise ValueError(f"no tokens, yet finished by {finish!r}")
+        _check_ids(ids, vocab_size)
+        logprobs_R = _logprobs(answer.pairs, ids)
+        spans = None if answer.spans is None else [(span.version, span.start, span.end) for span in answer.spans]
+        edges = [0, *(end for _, _, end in spans or [])]
+        if spans is not None and (
+            [start for _, start, _ in spans] != edges[:-1] or edges[-1] != len(ids) or edges != sorted(edges)
+        ):
+            raise ValueError(f"weight_versions {spans} do not cover the {len(ids)} tokens")
+    return Generated(ids, logprobs_R, finish, spans, answer.version)
 
 
-def read_scored(answer: Any, *, ids: list[int], top_k: int, vocab_size: int, where: str) -> Scored:
-    """Parse the answer to one scoring request: ``logprob_start_len`` one before the first of the scored `ids`.
+def read_scored(content: bytes, texts: Sequence[list[int]], *, top_k: int, vocab_size: int, where: str) -> list[Scored]:
+    """Parse the answer to a batch of texts: ``logprob_start_len`` one before the first of the scored ids.
+
+    Args:
+        texts: the scored ids of each.
 
     Raises:
         MalformedAnswer: what is missing, or does not fit what was asked for.
     """
-    fail = _Failure(where)
-    meta = fail.member(answer, "meta_info", dict)
-    pairs = fail.member(meta, "input_token_logprobs", list)
+    with _refusing(where):
+        batch = _WITH_TOP if top_k else _PLAIN
+        metas = [item.meta_info for item in batch.validate_json(content)]
+        if len(metas) != len(texts):
+            raise ValueError(f"{len(metas)} answers, expected {len(texts)}")
+        return [_scored(meta, ids, top_k, vocab_size) for meta, ids in zip(metas, texts)]
+
+
+def _scored(meta: _Given, ids: list[int], top_k: int, vocab_size: int) -> Scored:
+    pairs = meta.input_token_logprobs
     if len(pairs) != len(ids) + 1:
-        fail(f"{len(pairs) - 1} log-probs for {len(ids)} tokens: the server cut or did not see the whole text")
+        raise ValueError(
+            f"{len(pairs) - 1} log-probs for {len(ids)} tokens: the server cut or did not see the whole text"
+        )
     # The first entry belongs to the token before the response and has no value.
     # SGLang 0.5.23 names the last id of the vocabulary 0 here, and gives its log-prob all the same.
-    logprobs_R = _logprobs(pairs[1:], ids, fail, zero=vocab_size - 1)
-    support_RK = support_logprobs_RK = None
-    if top_k:
-        shape, skipped = meta.get("input_top_logprobs_shape"), meta.get("input_top_logprobs_null_prefix")
-        if shape != [len(ids), top_k] or skipped != 1:
-            fail(f"top log-probs of shape {shape} after {skipped} positions, expected [{len(ids)}, {top_k}] after 1")
-        support_RK = _array(meta, "input_top_logprobs_idx_flat_b64", "int32", len(ids), top_k, fail)
-        support_logprobs_RK = _array(meta, "input_top_logprobs_val_flat_b64", "float32", len(ids), top_k, fail)
-        if not bool(support_logprobs_RK.isfinite().all()):
-            fail("a top log-prob is not finite")
-        _check_ids([int(support_RK.min()), int(support_RK.max())], vocab_size, fail)
-    return Scored(logprobs_R, support_RK, support_logprobs_RK, fail.member(meta, "weight_version", str))
+    logprobs_R = _logprobs(pairs[1:], ids, zero=vocab_size - 1)
+    if not isinstance(meta, _GivenAndTop):
+        return Scored(logprobs_R, None, None, meta.weight_version)
+    if meta.input_top_logprobs_shape != [len(ids), top_k]:
+        raise ValueError(f"top log-probs of shape {meta.input_top_logprobs_shape}, expected [{len(ids)}, {top_k}]")
+    support_RK = _array(meta.input_top_logprobs_idx_flat_b64, "int32", len(ids), top_k)
+    support_logprobs_RK = _array(meta.input_top_logprobs_val_flat_b64, "float32", len(ids), top_k)
+    if not bool(support_logprobs_RK.isfinite().all()):
+        raise ValueError("a top log-prob is not finite")
+    _check_ids([int(support_RK.min()), int(support_RK.max())], vocab_size)
+    return Scored(logprobs_R, support_RK, support_logprobs_RK, meta.weight_version)
 
 
-class _Failure:
-    """Raises MalformedAnswer with the place it happened."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __call__(self, problem: str) -> None:
-        raise MalformedAnswer(f"{self.where}: {problem}")
-
-    def member(self, value: Any, name: str, kind: type) -> Any:
-        if not isinstance(value, dict) or not isinstance(value.get(name), kind):
-            found = (
-                type(value.get(name)).__name__ if isinstance(value, dict) else f"an answer of {type(value).__name__}"
-            )
-            self(f"`{name}` should be a {kind.__name__}, found {found}")
-        return value[name]
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """What is wrong inside becomes a MalformedAnswer that names the place."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"])) or "the answer"
+        found = "" if first["type"] == "missing" else f", found {first['input']!r:.200}"
+        raise MalformedAnswer(f"{where}: {name}: {first['msg']}{found}") from error
+    except ValueError as error:
+        raise MalformedAnswer(f"{where}: {error}") from error
 
 
-def _check_ids(ids: list[int], vocab_size: int, fail: _Failure) -> None:
-    if bad := [token for token in ids if not isinstance(token, int) or not 0 <= token < vocab_size]:
-        fail(f"token id {bad[0]!r} is outside the vocabulary of {vocab_size}")
+def _check_ids(ids: list[int], vocab_size: int) -> None:
+    if bad := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(f"token id {bad[0]} is outside the vocabulary of {vocab_size}")
 
 
-def _logprobs(pairs: list[Any], ids: list[int], fail: _Failure, zero: int | None = None) -> Tensor:
-    """Values of ``[log-prob, id, text]`` entries, whose ids must be `ids`; that of the token `zero` may be 0."""
-    for position, (entry, token) in enumerate(zip(pairs, ids)):
-        names = (token, 0) if token == zero else (token,)
-        if (
-            not isinstance(entry, list)
-            or len(entry) < 2
-            or entry[1] not in names
-            or not isinstance(entry[0], float | int)
-        ):
-            fail(f"log-prob {position} is {entry!r}, for token {token}")
-    logprobs_R = torch.tensor([float(entry[0]) for entry in pairs], dtype=torch.float32)
+def _logprobs(pairs: _Pairs, ids: list[int], zero: int | None = None) -> Tensor:
+    """Values of the pairs, whose ids must be `ids`; that of the token `zero` may be 0."""
+    for position, (pair, token) in enumerate(zip(pairs, ids)):
+        if pair[0] is None or pair[1] not in ((token, 0) if token == zero else (token,)):
+            raise ValueError(f"log-prob {position} is {list(pair)}, for token {token}")
+    logprobs_R = torch.tensor([pair[0] for pair in pairs], dtype=torch.float32)
     if not bool(logprobs_R.isfinite().all()):
-        fail("a log-prob is not finite: the server's weights or dtype are broken")
+        raise ValueError("a log-prob is not finite: the server's weights or dtype are broken")
     return logprobs_R
 
 
-def _spans(meta: dict[str, Any], length: int, fail: _Failure) -> list[tuple[str, int, int]] | None:
-    raw = meta.get("weight_versions")
-    if raw is None:
-        return None
-    try:
-        spans = [(str(span["version"]), int(span["start"]), int(span["end"])) for span in raw]
-    except (KeyError, TypeError, ValueError):
-        fail(f"weight_versions is {raw!r}")
-    edges = [0, *(end for _, _, end in spans)]
-    if [start for _, start, _ in spans] != edges[:-1] or edges[-1] != length or edges != sorted(edges):
-        fail(f"weight_versions {spans} do not cover the {length} tokens")
-    return spans
-
-
-def _array(meta: dict[str, Any], name: str, dtype: str, rows: int, columns: int, fail: _Failure) -> Tensor:
-    text = fail.member(meta, name, str)
-    if meta.get(f"{name}_dtype") != dtype:
-        fail(f"{name} is of type {meta.get(f'{name}_dtype')!r}, expected {dtype}")
-    try:
-        # A bytearray is writable, which torch asks for.
-        raw = bytearray(base64.b64decode(text, validate=True))
-    except ValueError as error:
-        raise MalformedAnswer(f"{fail.where}: {name} is not base64") from error
+def _array(raw: bytes, dtype: str, rows: int, columns: int) -> Tensor:
     if len(raw) != 4 * rows * columns:
-        fail(f"{name} has {len(raw)} bytes, expected {4 * rows * columns}")
-    return torch.from_numpy(np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))).view(rows, columns)
+        raise ValueError(f"top log-probs have {len(raw)} bytes of {dtype}, expected {4 * rows * columns}")
+    # A bytearray is writable, which torch asks for.
+    return torch.from_numpy(np.frombuffer(bytearray(raw), dtype=np.dtype(dtype).newbyteorder("<"))).view(rows, columns)
