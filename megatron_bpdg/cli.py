@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_bpdg.parallel.launch import launch, report_to_launcher
-from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.serving.sglang.role import Device, Role
 
 if TYPE_CHECKING:
     from megatron_bpdg.config.schema import RunConfig

@@ -88,7 +88,7 @@ def _diagnose_servers(
     console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None
 ) -> bool:
     from megatron_bpdg.checkpoint.hf import read_hf_config
-    from megatron_bpdg.serving.client import api_key
+    from megatron_bpdg.serving.http.client import api_key
 
     key = api_key(api_key_env, "--api-key-env")
     tokenizer, vocab_size = None, None
@@ -113,9 +113,9 @@ def _diagnose_servers(
 
 async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None) -> tuple[dict[str, str], list[str]]:
     """What a server says of itself, and what is wrong with it."""
-    from megatron_bpdg.serving.client import Server, ServerError
-    from megatron_bpdg.serving.facts import server_facts
-    from megatron_bpdg.serving.tokenizer_check import check_tokenizer
+    from megatron_bpdg.serving.http.client import Server, ServerError
+    from megatron_bpdg.serving.sglang.facts import server_facts
+    from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
 
     rows: dict[str, str] = {}
     problems = []

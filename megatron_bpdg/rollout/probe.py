@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from megatron_bpdg.rollout.engine import Probe
-from megatron_bpdg.serving.answers import read_scored
-from megatron_bpdg.serving.client import Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.http.client import Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.sglang.answers import read_scored
 
 _TIMEOUT_S = 60.0
 
@@ -54,10 +54,11 @@ async def weights_are(url: str, version: str, api_key: str | None) -> bool:
 async def given_logprobs(server: Server, ids: list[int], vocab_size: int) -> torch.Tensor:
     """Log-probs of all but the first id at temperature 1, float32."""
     body = {
-        "input_ids": ids,
+        "input_ids": [ids],
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    raw = await server.post("/generate", body)
-    return read_scored(raw, ids=ids[1:], top_k=0, vocab_size=vocab_size, where=f"{server.url}/generate").logprobs_R
+    content = await server.post_raw("/generate", body)
+    (scored,) = read_scored(content, [ids[1:]], top_k=0, vocab_size=vocab_size, where=f"{server.url}/generate")
+    return scored.logprobs_R

@@ -23,12 +23,12 @@ from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.config.schema import Sampling, Servers
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
 from megatron_bpdg.rollout.probe import check_probe, weights_are
-from megatron_bpdg.serving.answers import Generated, read_generated
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError, ServerUnavailable
-from megatron_bpdg.serving.pool import LONGEST_PAUSE_S, ServerPool, ServingError, StaleWeights, State
-from megatron_bpdg.serving.ready import healthy, resume
-from megatron_bpdg.serving.weights import WeightSync, WeightSyncError
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.http.pool import LONGEST_PAUSE_S, ServerPool, ServingError, StaleWeights, State
+from megatron_bpdg.serving.http.ready import healthy, resume
+from megatron_bpdg.serving.sglang.answers import Generated, read_generated
+from megatron_bpdg.serving.sglang.weights import WeightSync, WeightSyncError
 
 # How long the ranks wait before they meet again when nothing has finished.
 _MEETING_S = 1.0
@@ -236,7 +236,7 @@ class SGLangEngine:
         }
         job.asked = (server, request_id)
         try:
-            raw = await server.post("/generate", body)
+            content = await server.post_raw("/generate", body)
         except ServerUnavailable:
             # It may only have been too slow: whatever it still does for this request is not wanted any more.
             await _abort(server, request_id)
@@ -245,7 +245,7 @@ class SGLangEngine:
             job.asked = None
         where = f"{server.url}/generate, {job.name}"
         answer = read_generated(
-            raw, prompt=len(input_ids), max_new_tokens=left, vocab_size=self.vocab_size, where=where
+            content, prompt=len(input_ids), max_new_tokens=left, vocab_size=self.vocab_size, where=where
         )
         if answer.finish == "abort" and not answer.ids and not job.interrupted:
             # Counted as a failed try: a server that does nothing else would be asked again for ever.

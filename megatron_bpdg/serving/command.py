@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from megatron_bpdg.serving.client import Server, api_key
-from megatron_bpdg.serving.facts import ServerFacts, server_facts
-from megatron_bpdg.serving.launch import ServerCommand, as_hf, default_device, find_python, server_command
-from megatron_bpdg.serving.process import Progress, RunningServer, signals_interrupt
-from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.serving.http.client import Server, api_key
+from megatron_bpdg.serving.http.process import Progress, RunningServer, signals_interrupt
+from megatron_bpdg.serving.sglang.facts import ServerFacts, server_facts
+from megatron_bpdg.serving.sglang.launch import ServerCommand, as_hf, default_device, find_python, server_command
+from megatron_bpdg.serving.sglang.role import Device, Role
 
 _REPORT_S = 15.0
 

@@ -22,11 +22,11 @@ from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.share import wait_together
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.serving.answers import Scored, read_scored
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
-from megatron_bpdg.serving.pool import ServerPool, ServingError
-from megatron_bpdg.serving.tokenizer_check import check_tokenizer
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.http.pool import ServerPool, ServingError
+from megatron_bpdg.serving.sglang.answers import Scored, read_scored
+from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
 
 # Tokens of the text by which a teacher's servers are told apart, and how far right answers to it may be apart.
 _FINGERPRINT_TOKENS = 32
@@ -224,14 +224,9 @@ async def ask_scores(
             "return_flat_raw_top_logprobs": True,
             "return_flat_raw_top_logprobs_b64": True,
         }
-    where = f"{server.url}/generate"
-    answers = await server.post("/generate", body)
-    if not isinstance(answers, list) or len(answers) != len(texts):
-        raise MalformedAnswer(f"{where}: expected a list of {len(texts)} answers")
-    return [
-        read_scored(answer, ids=scored, top_k=top_k, vocab_size=vocab_size, where=where)
-        for answer, (_, scored) in zip(answers, texts)
-    ]
+    content = await server.post_raw("/generate", body)
+    scored = [ids for _, ids in texts]
+    return read_scored(content, scored, top_k=top_k, vocab_size=vocab_size, where=f"{server.url}/generate")
 
 
 async def _item(answers: Future[list[Scored]], position: int) -> Scored:

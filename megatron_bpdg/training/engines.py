@@ -23,10 +23,10 @@ from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.client import api_key
-from megatron_bpdg.serving.ready import wait_until_ready
-from megatron_bpdg.serving.weights import build_weight_sync
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.client import api_key
+from megatron_bpdg.serving.http.ready import wait_until_ready
+from megatron_bpdg.serving.sglang.weights import build_weight_sync
 from megatron_bpdg.teacher.megatron import MegatronTeacher
 from megatron_bpdg.teacher.scoring import score
 from megatron_bpdg.teacher.sglang import SGLangTeacher, served_model

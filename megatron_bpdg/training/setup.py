@@ -45,8 +45,8 @@ from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.serving.client import api_key
-from megatron_bpdg.serving.facts import served_room
+from megatron_bpdg.serving.http.client import api_key
+from megatron_bpdg.serving.sglang.facts import served_room
 from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.engines import (
     PROBE_TOLERANCE,

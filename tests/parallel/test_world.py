@@ -22,7 +22,7 @@ LAYOUTS = (
 
 
 def held_after_each(models: Path) -> tuple[int, list[tuple[int, int]]]:
-    """Process groups that are left, and (threads, file descriptors) after each of ten layouts with a step of training."""
+    """Process groups that are left, and (threads, file descriptors) after each of ten layouts with a step each."""
     process = psutil.Process()
     held = []
     for layout in LAYOUTS * 2:

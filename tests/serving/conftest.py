@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bpdg.serving.launch import find_python, server_command
-from megatron_bpdg.serving.process import RunningServer
-from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.serving.http.process import RunningServer
+from megatron_bpdg.serving.sglang.launch import find_python, server_command
+from megatron_bpdg.serving.sglang.role import Device, Role
 from tests.integration.miniature import Miniature, make_miniature
 
 INSTALLED = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"

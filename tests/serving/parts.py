@@ -21,7 +21,7 @@ from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.engine import Probe, Response
 from megatron_bpdg.rollout.sglang import SGLangEngine
-from megatron_bpdg.serving.weights import build_weight_sync
+from megatron_bpdg.serving.sglang.weights import build_weight_sync
 from megatron_bpdg.training.engines import make_probe
 
 

@@ -14,8 +14,8 @@ import pytest
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.rollout.engine import Request, Response, generate
 from megatron_bpdg.rollout.sampling import sample_seed
-from megatron_bpdg.serving.pool import ServingError, State
-from megatron_bpdg.serving.weights import WeightSyncError
+from megatron_bpdg.serving.http.pool import ServingError, State
+from megatron_bpdg.serving.sglang.weights import WeightSyncError
 from tests.integration.miniature import Miniature
 from tests.serving.faulty import FaultyServer
 from tests.serving.parts import check_response, patience, trainer

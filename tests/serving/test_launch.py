@@ -18,10 +18,10 @@ from rich.console import Console
 
 from megatron_bpdg.data.arithmetic import ALPHABET
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
-from megatron_bpdg.serving.client import Server
-from megatron_bpdg.serving.launch import server_command
-from megatron_bpdg.serving.ready import healthy, wait_until_ready
-from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.serving.http.client import Server
+from megatron_bpdg.serving.http.ready import healthy, wait_until_ready
+from megatron_bpdg.serving.sglang.launch import server_command
+from megatron_bpdg.serving.sglang.role import Device, Role
 from tests.integration.miniature import VOCAB, Miniature, write_shape
 from tests.serving.conftest import DEADLINE_S, free_port
 from tests.serving.parts import patience

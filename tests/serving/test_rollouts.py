@@ -11,8 +11,8 @@ import torch
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.rollout.engine import Request, Response, generate
 from megatron_bpdg.rollout.sampling import sample_seed
-from megatron_bpdg.serving.answers import Generated
-from megatron_bpdg.serving.pool import ServingError, StaleWeights
+from megatron_bpdg.serving.http.pool import ServingError, StaleWeights
+from megatron_bpdg.serving.sglang.answers import Generated
 from tests.integration.miniature import VOCAB, Miniature
 from tests.serving.parts import check_response, hf_logprobs, patience, trainer
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_bpdg.config import RunConfig
-from megatron_bpdg.serving.pool import ServingError
+from megatron_bpdg.serving.http.pool import ServingError
 from megatron_bpdg.training.loop import distill
 from tests.integration.miniature import Miniature, metrics, read_lines
 from tests.serving.parts import patience

@@ -17,8 +17,8 @@ from megatron_bpdg.config.schema import Layout, WeightSync
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.rollout.probe import given_logprobs
 from megatron_bpdg.rollout.trajectory import Trajectory
-from megatron_bpdg.serving.client import Server
-from megatron_bpdg.serving.weights import WeightSyncError, build_weight_sync
+from megatron_bpdg.serving.http.client import Server
+from megatron_bpdg.serving.sglang.weights import WeightSyncError, build_weight_sync
 from megatron_bpdg.teacher.scoring import score
 from tests.integration.miniature import VOCAB, Miniature
 from tests.parallel.spawn import run_ranks

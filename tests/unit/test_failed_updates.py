@@ -17,10 +17,10 @@ from aiohttp import web
 from megatron_bpdg.config.schema import Sampling, Servers
 from megatron_bpdg.rollout.engine import Probe, Request, generate
 from megatron_bpdg.rollout.sglang import SGLangEngine
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.facts import served_room
-from megatron_bpdg.serving.pool import ServingError, State
-from megatron_bpdg.serving.weights import DiskSync, WeightSyncError, base
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.pool import ServingError, State
+from megatron_bpdg.serving.sglang.facts import served_room
+from megatron_bpdg.serving.sglang.weights import DiskSync, WeightSyncError, base
 
 PROBE = Probe([1, 2, 3], torch.tensor([-1.0, -1.0]), 1e-3)
 PATIENCE: dict[str, Any] = {"timeout_s": 20.0, "attempts": 3, "backoff_s": 0.02, "recovery_s": 20.0}
@@ -58,8 +58,9 @@ class FakeEngine:
         if path == "/server_info":
             return web.json_response(self.info)
         if path == "/probe":
-            pairs = [[None, 1, None], *([-1.0, token, None] for token in body["input_ids"][1:])]
-            return web.json_response({"output_ids": [], "meta_info": meta | {"input_token_logprobs": pairs}})
+            (ids,) = body["input_ids"]
+            pairs = [[None, 1, None], *([-1.0, token, None] for token in ids[1:])]
+            return web.json_response([{"output_ids": [], "meta_info": meta | {"input_token_logprobs": pairs}}])
         if path == "/generate":
             meta |= {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 1, None]]}
             return web.json_response({"output_ids": [1], "meta_info": meta})

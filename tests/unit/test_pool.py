@@ -13,9 +13,9 @@ from aiohttp.test_utils import TestServer, unused_port
 from rich.console import Console
 
 from megatron_bpdg.config.schema import Servers
-from megatron_bpdg.serving.client import MalformedAnswer, RequestRefused, Server
-from megatron_bpdg.serving.pool import ServerPool, ServingError, StaleWeights, State
-from megatron_bpdg.serving.ready import wait_until_ready
+from megatron_bpdg.serving.http.client import MalformedAnswer, RequestRefused, Server
+from megatron_bpdg.serving.http.pool import ServerPool, ServingError, StaleWeights, State
+from megatron_bpdg.serving.http.ready import wait_until_ready
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

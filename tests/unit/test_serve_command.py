@@ -14,10 +14,10 @@ from rich.console import Console
 
 from megatron_bpdg.checkpoint.convert import hf_to_megatron
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.serving import launch
-from megatron_bpdg.serving.launch import EXPORT_RECORD, as_hf, find_python, server_command
-from megatron_bpdg.serving.process import check_port, signals_interrupt
-from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.serving.http.process import check_port, signals_interrupt
+from megatron_bpdg.serving.sglang import launch
+from megatron_bpdg.serving.sglang.launch import EXPORT_RECORD, as_hf, find_python, server_command
+from megatron_bpdg.serving.sglang.role import Device, Role
 from tests.checkpoint_fixtures import save_tiny_qwen3
 
 CONSOLE = Console(stderr=True)

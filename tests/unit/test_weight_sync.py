@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bpdg.serving.weights import tensor as by_memory
-from megatron_bpdg.serving.weights.base import buckets
-from megatron_bpdg.serving.weights.distributed import _address
+from megatron_bpdg.serving.sglang.weights import tensor as by_memory
+from megatron_bpdg.serving.sglang.weights.base import buckets
+from megatron_bpdg.serving.sglang.weights.distributed import _address
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 100))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_bpdg.config.schema import WeightSync as WeightSyncConfig
-from megatron_bpdg.serving.weights.base import WeightSync, WeightSyncError
-from megatron_bpdg.serving.weights.disk import DiskSync
-from megatron_bpdg.serving.weights.distributed import DistributedSync
-from megatron_bpdg.serving.weights.tensor import TensorSync
+from megatron_bpdg.serving.sglang.weights.base import WeightSync, WeightSyncError
+from megatron_bpdg.serving.sglang.weights.disk import DiskSync
+from megatron_bpdg.serving.sglang.weights.distributed import DistributedSync
+from megatron_bpdg.serving.sglang.weights.tensor import TensorSync
 
 __all__ = ["DiskSync", "DistributedSync", "TensorSync", "WeightSync", "WeightSyncError", "build_weight_sync"]
 

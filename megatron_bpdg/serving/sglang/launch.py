@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import Version
 from rich.console import Console
@@ -18,7 +18,8 @@ from rich.console import Console
 from megatron_bpdg.checkpoint.cast import DTYPES
 from megatron_bpdg.checkpoint.convert import megatron_to_hf
 from megatron_bpdg.checkpoint.source import is_megatron, open_megatron
-from megatron_bpdg.serving.role import Device, Role
+from megatron_bpdg.serving.http.process import Command
+from megatron_bpdg.serving.sglang.role import Device, Role
 from megatron_bpdg.tracking.files import write_text
 
 MIN_SGLANG = Version("0.5.23")
@@ -43,22 +44,22 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 @dataclass(frozen=True)
-class ServerCommand:
-    """How to start a server.
+class ServerCommand(Command):
+    """How to start an SGLang server.
 
     Attributes:
-        argv: program and arguments.
-        env: environment variables on top of the caller's.
-        host, port: where it listens.
         model: HF directory.
         dtype: of its weights and arithmetic.
         vocab_size: rows of its output layer.
+        Others: see `Command`.
     """
 
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    host: str
-    port: int
+    hints: ClassVar[Mapping[str, str]] = {
+        "address already in use": "its port was taken meanwhile; choose another --port",
+        "out of memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
+        "not enough memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
+        "unrecognized arguments": "a flag after `--` is none of SGLang's",
+    }
     model: Path
     dtype: str
     vocab_size: int

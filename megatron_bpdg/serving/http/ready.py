@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_bpdg.config.schema import Servers
-from megatron_bpdg.serving.client import Server, ServerError
+from megatron_bpdg.serving.http.client import Server, ServerError
 
 _POLL_S = 1.0
 _REPORT_S = 15.0

@@ -10,28 +10,39 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import psutil
 
-from megatron_bpdg.serving.client import Server
-from megatron_bpdg.serving.launch import ServerCommand
+from megatron_bpdg.serving.http.client import Server
 
 _TAIL_LINES = 20
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
-# Words in the log, in small letters, and what they mean for the user.
-_HINTS = {
-    "address already in use": "its port was taken meanwhile; choose another --port",
-    "out of memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
-    "not enough memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
-    "unrecognized arguments": "a flag after `--` is none of SGLang's",
-}
 
 Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """How to start a server.
+
+    Attributes:
+        argv: program and arguments.
+        env: environment variables on top of the caller's.
+        host, port: where it listens.
+        hints: words in its log, in small letters, and what they mean for the user.
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    host: str
+    port: int
+    hints: ClassVar[Mapping[str, str]] = {}
 
 
 class ServerDied(RuntimeError):
@@ -54,7 +65,7 @@ class RunningServer:
 
     def __init__(
         self,
-        command: ServerCommand,
+        command: Command,
         log: Path,
         *,
         deadline_s: float = 1800.0,
@@ -164,7 +175,7 @@ class RunningServer:
         code = self._process.wait()
         how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         text = "\n".join(self._tail(200)).lower()
-        hint = next((f" ({meaning})" for words, meaning in _HINTS.items() if words in text), "")
+        hint = next((f" ({meaning})" for words, meaning in self.command.hints.items() if words in text), "")
         return ServerDied(f"the server ended {how}{hint}; {self._log_end()}")
 
     def _log_end(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 
 
 @dataclass(frozen=True)

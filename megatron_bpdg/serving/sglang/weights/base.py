@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.live_weights import Weights
-from megatron_bpdg.serving.background import Background
-from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 
 Pause = Literal["retract", "abort"]
 Bucket = list[tuple[str, Tensor]]

@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP, with every way it can fail told apart."""
+"""One server over HTTP, with every way it can fail told apart."""
 
 from __future__ import annotations
 
@@ -63,10 +63,15 @@ class Server:
         Raises:
             ServerUnavailable, MalformedAnswer, RequestRefused: see each.
         """
-        return await self._call("GET", path, None, timeout_s)
+        return _parsed(await self._call("GET", path, None, timeout_s), f"GET {self.url}{path}")
 
     async def post(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> Any:
         """Answer of ``POST path``, as for `get`."""
+        content = await self.post_raw(path, body, timeout_s=timeout_s)
+        return _parsed(content, f"POST {self.url}{path}")
+
+    async def post_raw(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> bytes:
+        """As `post`, but the answer as it came, for those who parse it better."""
         return await self._call("POST", path, body, timeout_s)
 
     async def healthy(self, *, timeout_s: float = 10.0) -> bool:
@@ -92,7 +97,7 @@ class Server:
         """The version that it names its weights by."""
         return str((await self.model_info())["weight_version"])
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
         assert self._session is not None, "Server used outside its context"
         where = f"{method} {self.url}{path}"
         limit = aiohttp.ClientTimeout(total=timeout_s or self.timeout_s, sock_connect=_CONNECT_S)
@@ -115,12 +120,15 @@ class Server:
             )
         if response.status >= 400:
             raise RequestRefused(f"{where}: status {response.status}: {text}")
-        if not content:
-            return None
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise MalformedAnswer(f"{where}: the answer is not JSON ({error}): {text[:200]!r}") from error
+        return content
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content) if content else None
+    except ValueError as error:
+        text = content[:200].decode(errors="replace")
+        raise MalformedAnswer(f"{where}: the answer is not JSON ({error}): {text!r}") from error
 
 
 def api_key(variable: str | None, where: str) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_bpdg.serving.client import MalformedAnswer, Server
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server
 
 # Ids that are compared, spread over the vocabulary.
 _SAMPLE = 512

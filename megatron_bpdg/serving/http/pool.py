@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_bpdg.config.schema import Servers
-from megatron_bpdg.serving.client import MalformedAnswer, Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable
 
 Answer = TypeVar("Answer")
 
