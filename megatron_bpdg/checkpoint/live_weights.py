@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.live import iter_hf_weights, save_hf
 
 
-class Weights(Protocol):
-    """A model's weights under their HF names. Every iteration streams the current values of all of them.
-
-    Iterating and saving are collective over the trainer's ranks.
-    """
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
-
-    def save(self, path: Path) -> None:
-        """Write them as a complete HF directory that appears at once."""
-        ...
-
-
 class LiveWeights:
-    """`Weights` of a Megatron model.
+    """`megatron_bpdg.serving.sglang.weights.base.Weights` of a Megatron model.
 
     Args:
         chunks: this rank's model chunks.

@@ -38,13 +38,13 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class EncodedPrompts:
+class Prompts:
     """Problems that are kept, `ids[i]` the prompt of `problems[i]`, and how many were dropped or cut for length."""
 
-    problems: list[Problem]
-    ids: list[list[int]]
-    dropped: int
-    truncated: int
+    problems: list[Problem] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    dropped: int = 0
+    truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def encode_prompts(
     enable_thinking: bool | None = None,
     max_prompt_tokens: int,
     overlong: Literal["error", "drop", "truncate_left"] = "error",
-) -> EncodedPrompts:
+) -> Prompts:
     """Render and tokenize the prompts.
 
     Args:
@@ -123,7 +123,7 @@ def encode_prompts(
             "Raise the limit, or set data.overlong_prompts to drop or truncate_left"
         )
     truncated = len(overlong_lengths) if overlong == "truncate_left" else 0
-    return EncodedPrompts(kept, ids, dropped=len(problems) - len(kept), truncated=truncated)
+    return Prompts(kept, ids, dropped=len(problems) - len(kept), truncated=truncated)
 
 
 def special_ids(tokenizer: Any, owner: str) -> tuple[int, int]:

@@ -16,13 +16,13 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.data.batch import MicroBatch, collate
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, Qwen3Shape
 from megatron_bpdg.objectives.vocabulary import VocabOps
 from megatron_bpdg.parallel.head import Head, response_states
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.vocab import TokenLayout
-from megatron_bpdg.rollout.batch import MicroBatch, collate
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

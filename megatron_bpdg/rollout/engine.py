@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.serving.sglang.weights.base import Weights
 
 
 @dataclass(frozen=True)

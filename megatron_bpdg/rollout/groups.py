@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from megatron_bpdg.config.schema import Rollout
 from megatron_bpdg.data.sampler import PromptSampler
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.rollout.engine import Request, Response, RolloutEngine
 from megatron_bpdg.rollout.sampling import sample_seed
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 # Separates the random streams of rollouts from those of shuffles and evaluation.
 _ROLLOUT = 1

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.config.schema import Sampling, Servers
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
 from megatron_bpdg.rollout.probe import check_probe, weights_are
@@ -29,6 +28,7 @@ from megatron_bpdg.serving.http.pool import LONGEST_PAUSE_S, ServerPool, Serving
 from megatron_bpdg.serving.http.ready import healthy, resume
 from megatron_bpdg.serving.sglang.answers import Generated, read_generated
 from megatron_bpdg.serving.sglang.weights import WeightSync, WeightSyncError
+from megatron_bpdg.serving.sglang.weights.base import Weights
 
 # How long the ranks wait before they meet again when nothing has finished.
 _MEETING_S = 1.0

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.scoring import Scores, score
 
 

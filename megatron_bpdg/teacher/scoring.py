@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bpdg.data.batch import MicroBatch
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.sequence import gather_tokens
-from megatron_bpdg.rollout.batch import MicroBatch
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 Scores = dict[str, Tensor]
 """Per response: `logprobs` [R], and as asked for `support` [R, K], `support_logprobs` [R, K], `full` [R, V_local]."""

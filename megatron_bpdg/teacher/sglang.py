@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bpdg.config.schema import Servers, Teacher
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import Groups
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.share import wait_together
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 from megatron_bpdg.serving.http.pool import ServerPool, ServingError

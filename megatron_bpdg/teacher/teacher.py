@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.data.trajectory import Trajectory
 
 
 class Teacher(Protocol):

@@ -15,6 +15,7 @@ from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.schema import Teacher as TeacherConfig
 from megatron_bpdg.data.prompts import special_ids
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
@@ -22,7 +23,6 @@ from megatron_bpdg.parallel.share import wait_together
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import api_key
 from megatron_bpdg.serving.http.ready import wait_until_ready

@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.data.batch import by_tokens
 from megatron_bpdg.data.sampler import PromptSampler
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.evaluation.evaluate import grade_all
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.world import world
-from megatron_bpdg.rollout.batch import by_tokens
 from megatron_bpdg.rollout.groups import GroupSampler
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.teacher.scoring import Scores, score
 from megatron_bpdg.training.deterministic import deterministic
 from megatron_bpdg.training.recorder import Recorder

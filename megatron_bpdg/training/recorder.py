@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from megatron_bpdg.config.load import dump_config
 from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.tracking.files import write_text
 from megatron_bpdg.tracking.metrics import MetricsLogger
 from megatron_bpdg.tracking.progress import TrainingProgress

@@ -33,7 +33,8 @@ from megatron_bpdg.config.schema import (
     Training,
 )
 from megatron_bpdg.data.graders import Grader, get_grader
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft
+from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
 from megatron_bpdg.drift.partition import token_partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
@@ -44,7 +45,6 @@ from megatron_bpdg.objectives.objective import TeacherNeeds, build_objective
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.rollout.engine import RolloutEngine
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.http.client import api_key
 from megatron_bpdg.serving.sglang.facts import served_room
 from megatron_bpdg.teacher.teacher import Teacher
@@ -62,19 +62,6 @@ from megatron_bpdg.training.step import NonFiniteError, Updater
 _WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Problems that fit, with their token ids; `dropped` and `truncated` count the others."""
-
-    problems: list[Problem]
-    ids: list[list[int]]
-    dropped: int = 0
-    truncated: int = 0
-
-    def __len__(self) -> int:
-        return len(self.problems)
-
-
 @dataclass
 class Run:
     """Everything a training loop holds."""
@@ -90,7 +77,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     partition: Partition
     engine: RolloutEngine
-    prompts: Prompts = field(default_factory=lambda: Prompts([], []))
+    prompts: Prompts = field(default_factory=Prompts)
     benchmarks: dict[str, Prompts] = field(default_factory=dict)
     teacher_shape: Qwen3Shape | None = None
     _teacher: Teacher | None = None
@@ -308,7 +295,7 @@ def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
 def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:
     """Read and tokenize the problems of a file as the config's data section says."""
     problems: Sequence[Problem] = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
-    encoded = encode_prompts(
+    return encode_prompts(
         problems,
         tokenizer,
         chat_template=cfg.data.chat_template,
@@ -316,7 +303,6 @@ def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None =
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         overlong=cfg.data.overlong_prompts,
     )
-    return Prompts(encoded.problems, encoded.ids, encoded.dropped, encoded.truncated)
 
 
 def hf_folder(checkpoint: Path, field_name: str) -> Path:

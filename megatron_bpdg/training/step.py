@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_bpdg.data.batch import MicroBatch
 from megatron_bpdg.drift.diagnostics import drift_by_block, drift_statistics, drift_sums, num_sums
 from megatron_bpdg.drift.gate import Gate
 from megatron_bpdg.models.policy import MegatronPolicy
@@ -25,7 +26,6 @@ from megatron_bpdg.objectives.vocabulary import VocabOps
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.sequence import sum_over
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
-from megatron_bpdg.rollout.batch import MicroBatch
 
 # Rows of the drift heat map; later blocks are added to the last row.
 MAX_BLOCKS = 256

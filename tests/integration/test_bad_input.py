@@ -15,13 +15,13 @@ import torch
 from megatron_bpdg import cli
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import to_batches
 from megatron_bpdg.models.qwen3 import Qwen3Shape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
 from megatron_bpdg.rollout.groups import GroupSampler
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.training.loop import distill, in_batch_order, prepare, set_old_logprobs, split
 from megatron_bpdg.training.setup import Run, build_run
 from megatron_bpdg.training.step import NonFiniteError

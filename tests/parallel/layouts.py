@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_bpdg.data.batch import by_tokens
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import Gate
 from megatron_bpdg.objectives.objective import TeacherNeeds, TeacherSignal, build_objective
 from megatron_bpdg.objectives.vocabulary import DenseVocab
-from megatron_bpdg.rollout.batch import by_tokens
-from megatron_bpdg.rollout.trajectory import Trajectory
 from tests.parallel.models import VOCAB, edge_cases, trajectories, write_checkpoint
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

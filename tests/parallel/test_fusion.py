@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.data.trajectory import Trajectory
 from tests.integration.miniature import Miniature, make_miniature, metrics, weights
 from tests.parallel.layouts import UPDATES, Case, assert_same_result, responses, run_case
 from tests.parallel.models import trajectories, write_checkpoint

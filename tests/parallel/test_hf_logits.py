@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
 from megatron_bpdg.config.schema import Layout, Sampling
+from megatron_bpdg.data.batch import collate
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
 from megatron_bpdg.parallel.world import world
-from megatron_bpdg.rollout.batch import collate
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Request, Response, generate
 from megatron_bpdg.rollout.sampling import sample_seed

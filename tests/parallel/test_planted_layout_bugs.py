@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_bpdg.rollout.batch import MicroBatch
+from megatron_bpdg.data.batch import MicroBatch
 from tests.parallel.layouts import Case, run_case, worst_gradient, write_models
 from tests.parallel.spawn import run_ranks
 
@@ -102,7 +102,7 @@ BUGS = {
     "block_sums_of_this_shard": Bug(f"{STEP}.sum_over", lambda sum_over: lambda groups: sum_over(groups[:-1])),
     "blocks_across_packed_sequences": Bug(f"{POLICY}.collate", on_batches(blocks_of_one_sequence), packed=True),
     "loss_over_ranks": Bug(f"{STEP}.Updater.loss", halved),
-    "contiguous_shards": Bug("megatron_bpdg.rollout.batch.zigzag", contiguous),
+    "contiguous_shards": Bug("megatron_bpdg.data.batch.zigzag", contiguous),
     "positions_of_the_shard": Bug(f"{ROPE}.rotary_pos_embedding.get_pos_emb_on_this_cp_rank", local_positions),
     "positions_of_the_packed_shard": Bug(
         f"{ROPE}.rope_utils._get_thd_freqs_on_this_cp_rank",

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_bpdg.config.schema import Layout, Teacher
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks
 from megatron_bpdg.objectives.objective import TeacherNeeds
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.http.pool import ServingError
 from megatron_bpdg.teacher.megatron import MegatronTeacher
 from megatron_bpdg.teacher.sglang import SGLangTeacher

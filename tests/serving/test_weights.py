@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.config.schema import Layout, WeightSync
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.rollout.probe import given_logprobs
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.serving.http.client import Server
 from megatron_bpdg.serving.sglang.weights import WeightSyncError, build_weight_sync
+from megatron_bpdg.serving.sglang.weights.base import Weights
 from megatron_bpdg.teacher.scoring import score
 from tests.integration.miniature import VOCAB, Miniature
 from tests.parallel.spawn import run_ranks

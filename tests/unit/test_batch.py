@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bpdg.rollout.batch import MicroBatch, collate
-from megatron_bpdg.rollout.trajectory import Trajectory
+from megatron_bpdg.data.batch import MicroBatch, collate
+from megatron_bpdg.data.trajectory import Trajectory
 
 PAD = 9
 

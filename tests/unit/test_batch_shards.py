@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_bpdg.data.batch import MicroBatch, by_tokens, collate
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.parallel.sequence import unzigzag, zigzag
-from megatron_bpdg.rollout.batch import MicroBatch, by_tokens, collate
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 PAD = 999
 

@@ -10,9 +10,9 @@ import torch
 
 from megatron_bpdg.config.schema import Rollout, Sampling
 from megatron_bpdg.data.sampler import PromptSampler
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.rollout.engine import Finished, Request, Response
 from megatron_bpdg.rollout.groups import GroupSampler
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 PROMPTS = [[number, number + 1] for number in range(2, 12)]
 SERVERS: dict[str, Any] = {"engine": "sglang", "servers": {"urls": ["http://unused"]}}

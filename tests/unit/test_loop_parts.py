@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bpdg.config.schema import Layout, RunConfig
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks
 from megatron_bpdg.models.policy import to_batches
-from megatron_bpdg.rollout.trajectory import Trajectory
 from megatron_bpdg.training.loop import in_batch_order, prepare, split
 
 

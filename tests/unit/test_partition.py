@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_bpdg.data.batch import collate
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks, NewlineSpans, Partition, WholeSequence, newline_token_ids, token_partition
-from megatron_bpdg.rollout.batch import collate
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 NEWLINE = 7
 

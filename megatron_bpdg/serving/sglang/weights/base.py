@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
@@ -10,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 
@@ -32,6 +32,19 @@ class WeightSyncError(RuntimeError):
     def __init__(self, message: str, failed: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.failed = dict(failed or {})
+
+
+class Weights(Protocol):
+    """A model's weights under their HF names. Every iteration streams the current values of all of them.
+
+    Iterating and saving are collective over the trainer's ranks.
+    """
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def save(self, path: Path) -> None:
+        """Write them as a complete HF directory that appears at once."""
+        ...
 
 
 class WeightSync(Protocol):

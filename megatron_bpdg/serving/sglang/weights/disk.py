@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bpdg.checkpoint.live_weights import Weights
-from megatron_bpdg.serving.sglang.weights.base import Pause, Update, share_outcome
+from megatron_bpdg.serving.sglang.weights.base import Pause, Update, Weights, share_outcome
 
 
 class DiskSync:

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_bpdg.checkpoint.live_weights import Weights
 from megatron_bpdg.serving.http.client import ServerError
-from megatron_bpdg.serving.sglang.weights.base import Bucket, Pause, Update, buckets, share_outcome
+from megatron_bpdg.serving.sglang.weights.base import Bucket, Pause, Update, Weights, buckets, share_outcome
 
 
 class TensorSync:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.parallel.sequence import pad_to_multiple, zigzag
-from megatron_bpdg.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
