@@ -9,7 +9,7 @@ from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Problem
 from megatron_bpdg.evaluation.benchmark import EvalResult
-from megatron_bpdg.parallel.share import gather_shares, my_share
+from megatron_bpdg.parallel.together import gather_shares, my_share
 from megatron_bpdg.rollout.engine import Request, RolloutEngine, generate
 from megatron_bpdg.rollout.sampling import sample_seed
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, Logi
 
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.parallel.share import gather_shares, my_share
+from megatron_bpdg.parallel.together import gather_shares, my_share
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response, RolloutStream
 from megatron_bpdg.rollout.sampling import draw, uniforms
 

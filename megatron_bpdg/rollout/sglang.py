@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_bpdg.config.schema import Sampling, Servers
+from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
 from megatron_bpdg.rollout.probe import check_probe, weights_are
 from megatron_bpdg.serving.http.background import Background
@@ -65,9 +65,7 @@ class SGLangEngine:
         self.version = -1
         self.retries = 0
         # Versions on the wire carry the run's name: a server left over from another run must not pass for ours.
-        name = [uuid.uuid4().hex[:8]]
-        dist.broadcast_object_list(name, src=0)
-        self.run = f"bpdg-{name[0]}"
+        self.run = f"bpdg-{on_first(lambda: uuid.uuid4().hex[:8])}"
         self._api_key = api_key
         self._weights: Weights | None = None
         self._probe: Probe | None = None
@@ -130,34 +128,34 @@ class SGLangEngine:
             failed: dict[str, str] = {}
         except WeightSyncError as error:
             failed = error.failed
-        outcome: list[Any] = [(failed, [])]
-        if dist.get_rank() == 0 and self._probe is not None:
+
+        def check() -> dict[str, str]:
+            if self._probe is None:
+                return failed
             assert self._background is not None
             took = [url for url in urls if url not in failed]
             unanswered, wrong = self._background.run(check_probe(took, self._probe, self.vocab_size, self._api_key))
-            outcome = [(failed | unanswered, wrong)]
-        dist.broadcast_object_list(outcome, src=0)
-        failed, wrong = outcome[0]
-        if wrong:
-            raise WeightSyncError("\n".join(wrong))
-        return failed
+            if wrong:
+                raise WeightSyncError("\n".join(wrong))
+            return failed | unanswered
+
+        return on_first(check)
 
     def _one_is_back(self, tries: int) -> bool:
         """Whether an engine is healthy, within `recovery_s` from now. Collective; the ranks meet at every look."""
         deadline = time.monotonic() + self.servers.recovery_s
         time.sleep(min(self.servers.backoff_s * 2 ** (tries - 1), LONGEST_PAUSE_S))
-        while True:
-            word: list[bool | None] = [None]
-            if dist.get_rank() == 0:
-                assert self._background is not None
-                # One that did not hear the end of the update is still paused.
-                self._background.run(resume(self.sync_urls, self._api_key))
-                found = self._background.run(healthy(self.sync_urls, self._api_key))
-                word = [True if found else False if time.monotonic() > deadline else None]
-            dist.broadcast_object_list(word, src=0)
-            if word[0] is not None:
-                return word[0]
+
+        def look() -> bool | None:
+            assert self._background is not None
+            # One that did not hear the end of the update is still paused.
+            self._background.run(resume(self.sync_urls, self._api_key))
+            found = self._background.run(healthy(self.sync_urls, self._api_key))
+            return True if found else False if time.monotonic() > deadline else None
+
+        while (answer := on_first(look)) is None:
             time.sleep(_MEETING_S)
+        return answer
 
     def wire_version(self, version: int) -> str:
         return f"{self.run}-{version}"
@@ -333,8 +331,7 @@ class SGLangStream:
         """
         engine = self.engine
         here = self._harvest()
-        meetings: list[_Meeting] = [here] * dist.get_world_size()
-        dist.all_gather_object(meetings, here)
+        meetings = everyone(here)
         engine.retries = sum(meeting.retries for meeting in meetings)
         if errors := [meeting.error for meeting in meetings if meeting.error]:
             for future in self._running:

@@ -21,7 +21,7 @@ from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import Groups
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.parallel.share import wait_together
+from megatron_bpdg.parallel.together import everyone, on_first, wait_together
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 from megatron_bpdg.serving.http.pool import ServerPool, ServingError
@@ -91,7 +91,7 @@ class SGLangTeacher:
                 self._background.run(self._compare_tokenizers(tokenizer))
             except (ValueError, ServerError) as error:
                 problem = f"teacher.servers: {error}"
-        problems = _everyone(problem)
+        problems = [found for found in everyone(problem) if found]
         if problems:
             raise ValueError(problems[0])
 
@@ -259,26 +259,14 @@ def served_model(servers: Servers, api_key: str | None) -> Path:
         async with Server(servers.urls[0], servers.timeout_s, api_key) as server:
             return Path((await server.model_info())["model_path"])
 
-    found: list[Path | str] = [""]
-    if dist.get_rank() == 0:
-        try:
-            found = [asyncio.run(ask())]
-        except ServerError as error:
-            found = [f"teacher: {error}; start it with `bpdg serve teacher CHECKPOINT`"]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise ServingError(found[0])
-    return found[0]
+    try:
+        return on_first(lambda: asyncio.run(ask()))
+    except ServerError as error:
+        raise ServingError(f"teacher: {error}; start it with `bpdg serve teacher CHECKPOINT`") from error
 
 
 def _raise_everywhere(problem: str | None) -> None:
     """Raise the first rank's problem on all ranks, so that none waits for the others. Collective over the world."""
-    if problems := _everyone(problem):
-        raise ServingError(problems[0])
-
-
-def _everyone(problem: str | None) -> list[str]:
-    """The problems of all ranks. Collective over the world."""
-    problems: list[str | None] = [problem] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return [found for found in problems if found]
+    for found in everyone(problem):
+        if found:
+            raise ServingError(found)

@@ -19,7 +19,7 @@ from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
-from megatron_bpdg.parallel.share import wait_together
+from megatron_bpdg.parallel.together import everyone, wait_together
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
@@ -148,6 +148,4 @@ def make_probe(student: MegatronPolicy, tolerance: float) -> Probe:
     text.block_R = torch.zeros(length - 1, dtype=torch.int64)
     heard: list[torch.Tensor] = []
     score(student, [[text]], TeacherNeeds(), 1.0, lambda _, scores: heard.append(scores["logprobs"].float()))
-    everyone: list[list[torch.Tensor]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, heard)
-    return Probe(ids, next(found[0] for found in everyone if found), tolerance)
+    return Probe(ids, next(found[0] for found in everyone(heard) if found), tolerance)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
+from megatron_bpdg.parallel.together import on_first
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 
 
@@ -70,9 +69,7 @@ def served_room(urls: Sequence[str], api_key: str | None) -> dict[str, int]:
         rooms = await asyncio.gather(*(ask(url) for url in urls))
         return {url: room for url, room in zip(urls, rooms) if room is not None}
 
-    found = [asyncio.run(ask_all()) if dist.get_rank() == 0 else {}]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return on_first(lambda: asyncio.run(ask_all()))
 
 
 def _room(info: Any) -> int | None:
