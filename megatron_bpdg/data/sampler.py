@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Stream(IntEnum):
+    """Sets apart the random streams that come from a run's one seed."""
+
+    ROLLOUT = 1
+    SHUFFLE = 2
+    EVALUATION = 3
 
 
 class PromptSampler:

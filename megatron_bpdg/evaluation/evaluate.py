@@ -8,12 +8,11 @@ from typing import Any
 from megatron_bpdg.config.schema import Sampling
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Problem
+from megatron_bpdg.data.sampler import Stream
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.parallel.together import gather_shares, my_share
 from megatron_bpdg.rollout.engine import Request, RolloutEngine, generate
 from megatron_bpdg.rollout.sampling import sample_seed
-
-_EVALUATION = 3  # separates these random streams from the rollouts'
 
 
 def grade_all(responses: Sequence[list[int]], answers: Sequence[str], tokenizer: Any, grader: Grader) -> list[bool]:
@@ -43,7 +42,7 @@ def evaluate(
     The random streams do not depend on the step, so that two evaluations of a run differ by their weights alone.
     """
     places = [(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
-    requests = [Request(prompt_ids[p], sample_seed(seed, _EVALUATION, p, s)) for p, s in places]
+    requests = [Request(prompt_ids[p], sample_seed(seed, Stream.EVALUATION, p, s)) for p, s in places]
     responses = generate(engine, requests, sampling)
     answers = [problems[problem].answer for problem, _ in places]
     correct = [0] * len(problems)

@@ -61,6 +61,10 @@ class Groups:
         """Whether this rank speaks for its replica: the first one of the last stage."""
         return self.is_last_stage and self.stage.rank() == 0
 
+    def owns(self, index: int) -> bool:
+        """Whether this replica trains on the response of that place in the step's batch, for good."""
+        return index % self.data_size == self.data_rank
+
 
 class MegatronPolicy:
     """A model on its ranks. `loss` and `read` functions see hidden states and the head, never the model.

@@ -51,6 +51,8 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 def my_share(count: int) -> range:
     """This rank's items out of ``range(count)``; every item is on exactly one rank of the world."""
+    if not dist.is_initialized():
+        return range(count)
     return range(dist.get_rank(), count, dist.get_world_size())
 
 

@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_bpdg.config.schema import Rollout
-from megatron_bpdg.data.sampler import PromptSampler
+from megatron_bpdg.data.sampler import PromptSampler, Stream
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.rollout.engine import Request, Response, RolloutEngine
 from megatron_bpdg.rollout.sampling import sample_seed
-
-# Separates the random streams of rollouts from those of shuffles and evaluation.
-_ROLLOUT = 1
 
 
 # Two groups of the same prompt are two groups.
@@ -88,7 +85,9 @@ class GroupSampler:
         # The end of one epoch and the start of the next may bring a problem twice in a step.
         first = sum(len(g.seeds) for g in others if (g.step, g.problem) == (step, problem))
         samples = range(first, first + self.cfg.samples_per_prompt)
-        return _Group(step, problem, [sample_seed(self.seed, _ROLLOUT, step, problem, sample) for sample in samples])
+        return _Group(
+            step, problem, [sample_seed(self.seed, Stream.ROLLOUT, step, problem, sample) for sample in samples]
+        )
 
     def _trajectories(self, group: _Group, place: int) -> list[Trajectory]:
         return [

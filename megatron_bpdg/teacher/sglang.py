@@ -99,7 +99,7 @@ class SGLangTeacher:
         """Ask for what this replica will need of these."""
         if self._background is None:
             return
-        mine = [t for t in trajectories if t.index % self.groups.data_size == self.groups.data_rank]
+        mine = [t for t in trajectories if self.groups.owns(t.index)]
         for batch in _batches(mine, self.cfg.tokens_per_request):
             answers = self._background.submit(self._score(batch))
             for position, trajectory in enumerate(batch):

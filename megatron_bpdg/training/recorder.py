@@ -20,7 +20,7 @@ from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
 from megatron_bpdg.tracking.files import write_text
 from megatron_bpdg.tracking.metrics import MetricsLogger
 from megatron_bpdg.tracking.progress import TrainingProgress
-from megatron_bpdg.training.setup import Run
+from megatron_bpdg.training.run import Run
 from megatron_bpdg.training.step import StepReport
 
 # Responses kept per step for the report's reader.
@@ -128,12 +128,11 @@ class Recorder:
 
         yield tell
 
-    def warn_if_same(self, first_pass: Sequence[Sequence[Sequence[Trajectory]]]) -> None:
+    def warn_if_same(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Say so when the teacher's first log-probs are the student's own: it has nothing to teach then."""
         differences = [
             (t.teacher_logprobs_R.float() - t.old_logprobs_R).abs()
-            for update in first_pass
-            for chunk in update
+            for chunk in micro_batches
             for t in chunk
             if t.teacher_logprobs_R is not None and t.old_logprobs_R is not None
         ]

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.hf import read_hf_config
-from megatron_bpdg.checkpoint.live import load_weights, save_weights
-from megatron_bpdg.checkpoint.live_weights import LiveWeights
+from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import (
     Fixed,
     GateConfig,
@@ -32,109 +28,30 @@ from megatron_bpdg.config.schema import (
     TokenPartition,
     Training,
 )
-from megatron_bpdg.data.graders import Grader, get_grader
+from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
 from megatron_bpdg.drift.partition import token_partition
-from megatron_bpdg.evaluation.benchmark import EvalResult
-from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds, build_objective
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.serving.http.client import api_key
 from megatron_bpdg.serving.sglang.facts import served_room
-from megatron_bpdg.teacher.teacher import Teacher
+from megatron_bpdg.training.behaviour import SamplerBehaviour, TrainerBehaviour
 from megatron_bpdg.training.engines import (
-    PROBE_TOLERANCE,
     build_engine,
     build_teacher,
-    make_probe,
     teacher_source,
     wait_for_servers,
 )
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
-from megatron_bpdg.training.step import NonFiniteError, Updater
+from megatron_bpdg.training.run import Run
+from megatron_bpdg.training.step import Updater
 
 _WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
-
-
-@dataclass
-class Run:
-    """Everything a training loop holds."""
-
-    cfg: RunConfig
-    hf_folder: Path
-    hf_config: dict[str, Any]
-    tokenizer: Any
-    grader: Grader
-    student: MegatronPolicy
-    module: DistributedDataParallel
-    updater: Updater
-    scheduler: OptimizerParamScheduler
-    partition: Partition
-    engine: RolloutEngine
-    prompts: Prompts = field(default_factory=Prompts)
-    benchmarks: dict[str, Prompts] = field(default_factory=dict)
-    teacher_shape: Qwen3Shape | None = None
-    _teacher: Teacher | None = None
-
-    @property
-    def teacher(self) -> Teacher:
-        assert self._teacher is not None, "a supervised run has no teacher"
-        return self._teacher
-
-    def sync_weights(self, version: int) -> None:
-        """Send the student's weights to the sampler."""
-        probe = None
-        if self.cfg.rollout.engine == "sglang":
-            tolerance = self.cfg.rollout.weight_sync.probe_tolerance
-            probe = make_probe(self.student, tolerance or PROBE_TOLERANCE[self.cfg.student.dtype])
-        self.engine.load_weights(LiveWeights([self.module], self.hf_config, self.hf_folder), version, probe)
-
-    def close(self) -> None:
-        """Let go of servers."""
-        self.engine.close()
-        if self._teacher is not None:
-            self._teacher.close()
-
-    def evaluate(self, step: int) -> list[EvalResult]:
-        """pass@k of the sampler's weights on every benchmark; the same result on every rank."""
-        return [
-            evaluate(
-                self.engine,
-                name,
-                prompts.problems,
-                prompts.ids,
-                self.tokenizer,
-                self.grader,
-                self.cfg.evaluation.sampling,
-                samples=self.cfg.evaluation.samples,
-                step=step,
-                seed=self.cfg.seed,
-            )
-            for name, prompts in self.benchmarks.items()
-        ]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a response, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    @contextmanager
-    def saving_on_failure(self, step: int) -> Iterator[None]:
-        """Save the last good weights when an update fails on all ranks alike, and say where."""
-        try:
-            yield
-        except NonFiniteError as error:
-            self.save(step)
-            raise NonFiniteError(f"{error}. Saved as of step {step}: {self.cfg.output / 'checkpoints'}") from error
-
-    def save(self, step: int) -> None:
-        """Write the student as a torch_dist checkpoint under ``output/checkpoints``."""
-        save_weights([self.module], self.cfg.output / "checkpoints", self.hf_folder, iteration=step)
 
 
 def build_run(cfg: RunConfig) -> Run:
@@ -242,6 +159,9 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
             temperature=1.0 if cfg.kind == "sft" else cfg.rollout.sampling.temperature,
         ),
         scheduler=scheduler,
+        behaviour=SamplerBehaviour()
+        if cfg.training.old_logprobs == "rollout"
+        else TrainerBehaviour(student, cfg.rollout.sampling.temperature),
         partition=build_partition(gate_config.partition, tokenizer),
         engine=build_engine(cfg, folder, student, tokenizer),
         benchmarks=benchmarks,

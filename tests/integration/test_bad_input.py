@@ -16,14 +16,15 @@ from megatron_bpdg import cli
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.models.policy import to_batches
 from megatron_bpdg.models.qwen3 import Qwen3Shape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
-from megatron_bpdg.rollout.groups import GroupSampler
-from megatron_bpdg.training.loop import distill, in_batch_order, prepare, set_old_logprobs, split
-from megatron_bpdg.training.setup import Run, build_run
+from megatron_bpdg.training.loop import distill
+from megatron_bpdg.training.plan import Update, plan_updates
+from megatron_bpdg.training.run import Run
+from megatron_bpdg.training.setup import build_run
+from megatron_bpdg.training.source import RolloutSource
 from megatron_bpdg.training.step import NonFiniteError
 from tests.integration.miniature import (
     POSITIONS,
@@ -293,40 +294,37 @@ def test_a_student_with_nan_weights(config: Path, refused: Refuse, miniature: Mi
     assert "This update was not applied. Lower training.lr, use float32" in message
 
 
-def rollouts(run: Run, groups: int) -> list[Trajectory]:
-    """Responses of the first prompts of step 1, ready for an update."""
-    sampled = list(GroupSampler(run.cfg.rollout, run.prompts.ids, run.cfg.seed).step(run.engine, 1))
-    return in_batch_order([trajectory for group in sampled[:groups] for trajectory in prepare(group, run)], run.cfg)
+def scored(run: Run, groups: int) -> tuple[list[Trajectory], Update]:
+    """Responses of the first prompts of step 1, and one update of them, ready to be made."""
+    batch = RolloutSource(run).take(1, lambda group: None)[: groups * run.cfg.rollout.samples_per_prompt]
+    (update,) = plan_updates(batch, run.cfg, run.student.groups, step=1)
+    run.teacher.score(update.micro_batches)
+    run.behaviour.score(update.micro_batches, version=0)
+    return batch, update
 
 
 def test_a_gradient_that_is_not_finite_is_never_applied(miniature: Miniature, tmp_path: Path) -> None:
     """A finite loss can have a NaN gradient; Megatron-Core's optimizer would step on it."""
-    cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1}})
+    cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1, "epochs": 1}})
     with world(cfg.layout, cfg.seed):
         run = build_run(cfg)
         run.sync_weights(version=0)
-        trajectories = rollouts(run, groups=1)
-        (update,) = split(trajectories, cfg, run.student, 1, 0)
-        run.teacher.score(update)
-        set_old_logprobs([update], run.student, cfg, version=0)
+        _, update = scored(run, groups=1)
         before = [parameter.detach().clone() for parameter in run.module.parameters()]
         spoil = next(run.module.parameters()).register_hook(lambda grad: grad * torch.nan)
         with pytest.raises(NonFiniteError, match=r"NaN or infinite: \d+ gradient entries"):
-            run.updater.update(to_batches(update, run.student))
+            run.update(update.micro_batches)
         spoil.remove()
         for parameter, expected in zip(run.module.parameters(), before, strict=True):
             assert torch.equal(parameter, expected)
 
 
 def test_an_update_that_fails_leaves_every_weight_as_it_was(miniature: Miniature, tmp_path: Path) -> None:
-    cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1}})
+    cfg = miniature.config(tmp_path / "run", {"training": {"minibatches": 1, "epochs": 1}})
     with world(cfg.layout, cfg.seed):
         run = build_run(cfg)
         run.sync_weights(version=0)
-        trajectories = rollouts(run, groups=2)
-        (update,) = split(trajectories, cfg, run.student, 1, 0)
-        run.teacher.score(update)
-        set_old_logprobs([update], run.student, cfg, version=0)
+        trajectories, update = scored(run, groups=2)
         before = [parameter.detach().clone() for parameter in run.module.parameters()]
         old_logprobs_R = trajectories[1].old_logprobs_R
         assert old_logprobs_R is not None
@@ -334,12 +332,12 @@ def test_an_update_that_fails_leaves_every_weight_as_it_was(miniature: Miniature
             good = float(old_logprobs_R[0])
             old_logprobs_R[0] = bad
             with pytest.raises(NonFiniteError, match=r"the behaviour policy's log-probs of 1"):
-                run.updater.update(to_batches(update, run.student))
+                run.update(update.micro_batches)
             old_logprobs_R[0] = good
             for parameter, expected in zip(run.module.parameters(), before, strict=True):
                 assert torch.equal(parameter, expected)
         # The failed step leaves nothing behind: the next one is as good as the first.
-        report = run.updater.update(to_batches(update, run.student))
+        report = run.update(update.micro_batches)
         assert report.statistics["train/grad_norm"] > 0
         assert any(not torch.equal(p, expected) for p, expected in zip(run.module.parameters(), before, strict=True))
 

@@ -12,13 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bpdg.config.schema import Layout, RunConfig
+from megatron_bpdg.data.prompts import Problem, Prompts
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks
-from megatron_bpdg.models.policy import to_batches
-from megatron_bpdg.training.loop import in_batch_order, prepare, split
+from megatron_bpdg.models.policy import Groups, to_batches
+from megatron_bpdg.training.plan import Update, first_pass, micro_batches, plan_updates
+from megatron_bpdg.training.run import Run
+from megatron_bpdg.training.source import RolloutSource
 
 
-def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0) -> RunConfig:
+def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0, epochs: int = 1) -> RunConfig:
     return RunConfig.model_validate(
         {
             "output": "unused",
@@ -28,14 +31,19 @@ def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0) -> Ru
             "data": {"train": "unused"},
             "rollout": {"prompts_per_step": 100, "samples_per_prompt": 2},
             "objective": {"name": "sampled_token"},
-            "training": {"minibatches": minibatches, "micro_batch_size": micro_batch_size},
+            "training": {"minibatches": minibatches, "micro_batch_size": micro_batch_size, "epochs": epochs},
         }
     )
 
 
-def student(data_rank: int = 0, data_size: int = 1, vocab: int = 50) -> Any:
+def replica(data_rank: int = 0, data_size: int = 1) -> Groups:
+    group = cast(Any, SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+    return Groups(group, group, group, is_last_stage=True, data_rank=data_rank, data_size=data_size)
+
+
+def student(vocab: int = 50) -> Any:
     return SimpleNamespace(
-        groups=SimpleNamespace(data_rank=data_rank, data_size=data_size, context=SimpleNamespace(rank=lambda: 0)),
+        groups=replica(),
         shape=SimpleNamespace(vocab_size=vocab),
         layout=Layout(),
         length_multiple=1,
@@ -59,7 +67,8 @@ def updates_of(count: int, size: int, cfg: RunConfig, epoch: int, step: int = 1)
     """problems[replica][update]"""
     batch = responses(count)
     return [
-        [problems(update) for update in split(batch, cfg, student(rank, size), step, epoch)] for rank in range(size)
+        [problems(u.micro_batches) for u in plan_updates(batch, cfg, replica(rank, size), step) if u.epoch == epoch]
+        for rank in range(size)
     ]
 
 
@@ -71,7 +80,7 @@ def updates_of(count: int, size: int, cfg: RunConfig, epoch: int, step: int = 1)
     epoch=st.integers(0, 2),
 )
 def test_the_same_updates_whatever_the_layout(count: int, size: int, minibatches: int, micro: int, epoch: int) -> None:
-    cfg = config(minibatches, micro)
+    cfg = config(minibatches, micro, epochs=3)
     (whole,) = updates_of(count, 1, cfg, epoch)
     replicas = updates_of(count, size, cfg, epoch)
     assert len({len(updates) for updates in replicas}) == 1
@@ -86,11 +95,11 @@ def test_the_same_updates_whatever_the_layout(count: int, size: int, minibatches
 
 
 def test_the_first_epoch_keeps_the_sampled_order_and_later_ones_shuffle_reproducibly() -> None:
-    cfg = config(minibatches=2)
+    cfg = config(minibatches=2, epochs=3)
     (first,) = updates_of(20, 1, cfg, epoch=0)
     assert first == [list(range(10)), list(range(10, 20))]
     orders = {
-        (seed, step, epoch): str(updates_of(20, 1, config(2, seed=seed), epoch, step))
+        (seed, step, epoch): str(updates_of(20, 1, config(2, seed=seed, epochs=3), epoch, step))
         for seed in (0, 1)
         for step in (1, 2)
         for epoch in (1, 2)
@@ -101,59 +110,84 @@ def test_the_first_epoch_keeps_the_sampled_order_and_later_ones_shuffle_reproduc
 
 
 def test_micro_batches_have_the_configured_size() -> None:
-    (update,) = split(responses(7), config(micro_batch_size=3), student(), step=1, epoch=0)
-    assert [len(chunk) for chunk in update] == [3, 3, 1]
+    assert [len(chunk) for chunk in micro_batches(responses(7), config(micro_batch_size=3), replica())] == [3, 3, 1]
 
 
 def test_a_replica_without_responses_gets_an_empty_micro_batch() -> None:
-    (update,) = split(responses(1), config(), student(data_rank=1, data_size=2), step=1, epoch=0)
-    assert update == [[]]
-    (batch,) = to_batches(update, cast(Any, student()))
+    (update,) = plan_updates(responses(1), config(), replica(data_rank=1, data_size=2), step=1)
+    assert update.micro_batches == [[]]
+    (batch,) = to_batches(update.micro_batches, student())
     assert not batch.mask_N.any()
 
 
-def test_parts_override_the_minibatches() -> None:
-    assert len(split(responses(6), config(minibatches=3), student(), 1, 0, parts=1)) == 1
+def test_the_first_pass_has_every_response_once_in_the_micro_batches_of_the_first_epoch() -> None:
+    updates = plan_updates(responses(7), config(minibatches=2, epochs=3), replica(), step=1)
+    assert [update.epoch for update in updates] == [0, 0, 1, 1, 2, 2]
+    assert first_pass(updates) == [*updates[0].micro_batches, *updates[1].micro_batches]
+    assert problems(first_pass(updates)) == list(range(7))
 
 
-def run(vocab: int = 50) -> Any:
-    return SimpleNamespace(student=student(vocab=vocab), partition=FixedBlocks(2))
+class Groupwise:
+    """Gives `RolloutSource` these groups, and what it holds of a run."""
+
+    def __init__(self, *groups: list[Trajectory], vocab: int = 50) -> None:
+        self.asked: list[int] = []
+        teacher = SimpleNamespace(prefetch=lambda usable: self.asked.extend(t.problem for t in usable))
+        self.run = SimpleNamespace(
+            cfg=config(),
+            student=student(vocab=vocab),
+            partition=FixedBlocks(2),
+            engine=None,
+            teacher=teacher,
+            tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(len(ids))),
+            grader=lambda response, answer: response == answer,
+            prompts=Prompts([Problem(str(i), None, "", answer="2") for i in range(200)], [[1]] * 200),
+        )
+        self.source = RolloutSource(cast(Run, self.run))
+        self.source.groups = cast(Any, SimpleNamespace(step=lambda engine, step: iter(groups)))
+
+    def take(self) -> list[Trajectory]:
+        return self.source.take(1, lambda group: None)
 
 
 def test_empty_responses_are_left_out() -> None:
-    kept = prepare(responses(6, empty=(1, 4)), run())
+    step = Groupwise(responses(6, empty=(1, 4)))
+    kept = step.take()
+    assert step.asked == [0, 2, 3, 5]
     assert [t.problem for t in kept] == [0, 2, 3, 5]
     assert [t.block_R.tolist() for t in kept] == [[0], [0, 0, 1], [0, 0, 1, 1], [0, 0]]
 
 
+def test_responses_are_graded() -> None:
+    assert [t.correct for t in Groupwise(responses(6)).take()] == [False, True, False, False, False, True]
+
+
 def test_more_minibatches_than_responses_left_still_give_no_empty_update() -> None:
-    kept = prepare(responses(4, empty=(0, 1)), run())
-    updates = split(kept, config(minibatches=4), student(), step=1, epoch=0)
-    assert [problems(update) for update in updates] == [[2], [3]]
+    kept = Groupwise(responses(4, empty=(0, 1))).take()
+    updates = plan_updates(kept, config(minibatches=4), replica(), step=1)
+    assert updates == [Update(0, [[kept[0]]]), Update(0, [[kept[1]]])]
 
 
 def test_only_empty_responses_are_an_error_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"all 200 responses of this step are empty: check .* rollout\.sampling"):
-        in_batch_order(prepare(responses(3, empty=(0, 1, 2)), run()), config())
+        Groupwise(responses(3, empty=(0, 1, 2))).take()
 
 
 def test_the_batch_has_the_order_of_its_prompts_whatever_finished_first() -> None:
     batch = responses(5)
-    assert problems([in_batch_order([batch[i] for i in (3, 0, 4, 1, 2)], config())]) == [0, 1, 2, 3, 4]
+    assert problems([Groupwise(*([batch[i]] for i in (3, 0, 4, 1, 2))).take()]) == [0, 1, 2, 3, 4]
 
 
 def test_a_dropped_response_moves_no_other_to_another_replica() -> None:
-    cfg = config()
-    whole = {t.problem for t in split(responses(6), cfg, student(1, 2), 1, 0)[0][0]}
-    (update,) = split(prepare(responses(6, empty=(0,)), run()), cfg, student(1, 2), 1, 0)
-    assert {t.problem for t in chain(*update)} <= {1, 3, 5}
-    assert whole <= {1, 3, 5}
+    (whole,) = plan_updates(responses(6), config(), replica(1, 2), step=1)
+    (update,) = plan_updates(Groupwise(responses(6, empty=(0,))).take(), config(), replica(1, 2), step=1)
+    assert problems(whole.micro_batches) == problems(update.micro_batches) == [1, 3, 5]
 
 
 def test_malformed_samples_are_refused() -> None:
     with pytest.raises(ValueError, match=r"problem 0, sample 0: token id 2 is outside the vocabulary of 2"):
-        prepare(responses(2), run(vocab=2))
+        Groupwise(responses(2), vocab=2).take()
     broken = responses(3)
     broken[2].sampler_logprobs_R[1] = -torch.inf
     with pytest.raises(ValueError, match=r"problem 2, sample 0: the sampler's log-prob of response token 1 is -inf"):
-        prepare(broken, run())
+        Groupwise(broken).take()

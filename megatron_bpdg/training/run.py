@@ -1,0 +1,115 @@
+"""What a training loop holds, and the few things that it does with the whole of it. `build` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_bpdg.checkpoint.live import save_weights
+from megatron_bpdg.checkpoint.live_weights import LiveWeights
+from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.data.graders import Grader
+from megatron_bpdg.data.prompts import Prompts
+from megatron_bpdg.data.trajectory import Trajectory
+from megatron_bpdg.drift import Partition
+from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.evaluation.evaluate import evaluate
+from megatron_bpdg.models.policy import MegatronPolicy, to_batches
+from megatron_bpdg.models.qwen3 import Qwen3Shape
+from megatron_bpdg.rollout.engine import RolloutEngine
+from megatron_bpdg.teacher.teacher import Teacher
+from megatron_bpdg.training.behaviour import Behaviour
+from megatron_bpdg.training.engines import PROBE_TOLERANCE, make_probe
+from megatron_bpdg.training.step import NonFiniteError, StepReport, Updater
+
+
+@dataclass
+class Run:
+    """Everything a training loop holds."""
+
+    cfg: RunConfig
+    hf_folder: Path
+    hf_config: dict[str, Any]
+    tokenizer: Any
+    grader: Grader
+    student: MegatronPolicy
+    module: DistributedDataParallel
+    updater: Updater
+    scheduler: OptimizerParamScheduler
+    behaviour: Behaviour
+    partition: Partition
+    engine: RolloutEngine
+    prompts: Prompts = field(default_factory=Prompts)
+    benchmarks: dict[str, Prompts] = field(default_factory=dict)
+    teacher_shape: Qwen3Shape | None = None
+    _teacher: Teacher | None = None
+
+    @property
+    def teacher(self) -> Teacher:
+        assert self._teacher is not None, "a supervised run has no teacher"
+        return self._teacher
+
+    def update(self, micro_batches: Sequence[Sequence[Trajectory]]) -> StepReport:
+        """One optimizer update over this replica's micro-batches, and the next learning rate.
+
+        Raises:
+            NonFiniteError: on all ranks alike, before the weights are touched.
+        """
+        report = self.updater.update(to_batches(micro_batches, self.student))
+        self.scheduler.step(increment=1)
+        return report
+
+    def sync_weights(self, version: int) -> None:
+        """Send the student's weights to the sampler."""
+        probe = None
+        if self.cfg.rollout.engine == "sglang":
+            tolerance = self.cfg.rollout.weight_sync.probe_tolerance
+            probe = make_probe(self.student, tolerance or PROBE_TOLERANCE[self.cfg.student.dtype])
+        self.engine.load_weights(LiveWeights([self.module], self.hf_config, self.hf_folder), version, probe)
+
+    def close(self) -> None:
+        """Let go of servers."""
+        self.engine.close()
+        if self._teacher is not None:
+            self._teacher.close()
+
+    def evaluate(self, step: int) -> list[EvalResult]:
+        """pass@k of the sampler's weights on every benchmark; the same result on every rank."""
+        return [
+            evaluate(
+                self.engine,
+                name,
+                prompts.problems,
+                prompts.ids,
+                self.tokenizer,
+                self.grader,
+                self.cfg.evaluation.sampling,
+                samples=self.cfg.evaluation.samples,
+                step=step,
+                seed=self.cfg.seed,
+            )
+            for name, prompts in self.benchmarks.items()
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @contextmanager
+    def saving_on_failure(self, step: int) -> Iterator[None]:
+        """Save the last good weights when an update fails on all ranks alike, and say where."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.save(step)
+            raise NonFiniteError(f"{error}. Saved as of step {step}: {self.cfg.output / 'checkpoints'}") from error
+
+    def save(self, step: int) -> None:
+        """Write the student as a torch_dist checkpoint under ``output/checkpoints``."""
+        save_weights([self.module], self.cfg.output / "checkpoints", self.hf_folder, iteration=step)
