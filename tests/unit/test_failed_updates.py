@@ -227,6 +227,40 @@ def test_an_engine_that_hangs_does_not_hold_the_others(setup: Setup, monkeypatch
     setup.one.released.set()
 
 
+PAUSE, BEGIN, SEND = "/pause_generation", "/begin_weight_update", "/weights"
+END, CONTINUE = "/end_weight_update", "/continue_generation"
+
+
+@pytest.mark.parametrize(
+    ("path", "calls"),
+    [
+        (PAUSE, [PAUSE, CONTINUE]),
+        (BEGIN, [PAUSE, END, BEGIN, CONTINUE]),
+        (SEND, [PAUSE, END, BEGIN, SEND, END, CONTINUE]),
+        (END, [PAUSE, END, BEGIN, SEND, SEND, END, END, CONTINUE]),
+        (CONTINUE, [PAUSE, END, BEGIN, SEND, SEND, END, CONTINUE]),
+    ],
+)
+def test_an_engine_that_fails_within_an_update_is_closed_and_let_go_on(
+    setup: Setup, path: str, calls: list[str]
+) -> None:
+    for engine in (setup.one, setup.two):
+        # Nothing is open at first: it refuses to close it, and that is no failure.
+        engine.faults[END] = times(1, (400, {}))
+    # The first error is the one that is kept.
+    setup.one.faults[path] = setup.one.faults[CONTINUE] = lambda: (400, {})
+    urls = [setup.one.url, setup.two.url]
+    with base.Update(urls, pause="retract", timeout_s=20.0, api_key=None) as update:
+        update.begin()
+        update.post(SEND, {})
+        update.post(SEND, {})
+        update.end()
+    assert list(update.failed) == [setup.one.url]
+    assert f"{path}: status 400" in update.failed[setup.one.url]
+    assert setup.one.calls == calls
+    assert setup.two.calls == [PAUSE, END, BEGIN, SEND, SEND, END, CONTINUE]
+
+
 def test_room_that_servers_name(setup: Setup) -> None:
     setup.one.info = {"max_req_input_len": 506}
     assert served_room([setup.one.url, setup.two.url, "http://127.0.0.1:9"], None) == {setup.one.url: 505}

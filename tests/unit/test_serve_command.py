@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
 from megatron_bpdg.checkpoint.convert import hf_to_megatron
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.serving.http.process import check_port, signals_interrupt
+from megatron_bpdg.serving.http.process import Command, RunningServer, ServerDied, check_port, signals_interrupt
 from megatron_bpdg.serving.sglang import launch
 from megatron_bpdg.serving.sglang.launch import EXPORT_RECORD, as_hf, find_python, server_command
 from megatron_bpdg.serving.sglang.role import Device, Role
@@ -175,6 +177,47 @@ def test_checkpoints_that_cannot_be_exported(tmp_path: Path) -> None:
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     with pytest.raises(FileExistsError, match="is no export of `bpdg serve`; delete it"):
         as_hf(tmp_path / "megatron", tmp_path / "hf", CONSOLE)
+
+
+SERVER = """
+import http.server, subprocess, sys
+deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(0, flush=True); signal.pause()"
+child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("leader", ["told to stop", "dead already"])
+def test_a_stopped_server_leaves_no_process_and_the_machine_is_not_searched_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leader: str
+) -> None:
+    searched: list[int] = []
+    every = psutil.process_iter
+    monkeypatch.setattr(psutil, "process_iter", lambda: (searched.append(1), every())[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = Command((sys.executable, "-c", SERVER, str(port)), {}, "127.0.0.1", port)
+    # Long enough for many looks at the child that does not hear.
+    server = RunningServer(command, tmp_path / "log", grace_s=1.0)
+    server.start()
+    child = psutil.Process(int((tmp_path / "log").read_text()))
+    assert child.is_running()
+    if leader == "dead already":
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerDied, match="ended by SIGKILL"):
+            server.wait()
+    server.stop()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert len(searched) == 2
 
 
 def test_a_port_in_use_is_refused_before_anything_starts() -> None:

@@ -142,7 +142,7 @@ class RunningServer:
             return
         try:
             self._send(signal.SIGTERM)
-            self._gone_within(self.grace_s)
+            self._wait_until_gone()
         finally:
             self.kill()
 
@@ -152,7 +152,7 @@ class RunningServer:
             return
         self._send(signal.SIGKILL)
         self._process.wait()
-        self._gone_within(self.grace_s)
+        self._wait_until_gone()
         self._process = None
 
     async def _wait_until_healthy(self) -> None:
@@ -195,24 +195,30 @@ class RunningServer:
         except ProcessLookupError:
             return
 
-    def _gone_within(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while alive := self._alive():
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        return not alive
+    def _wait_until_gone(self) -> None:
+        """Return when no process of the group runs any more, or the grace period is over.
 
-    def _alive(self) -> bool:
-        """Whether any process of the group still runs; those that wait to be collected do not."""
-        assert self._process is not None
-        self._process.poll()
-        for process in psutil.process_iter():
-            try:
-                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    return True
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
+        The group is looked for once, after the signal. What a process that heard SIGTERM still started is not among
+        it, but SIGKILL, which ends every stop, leaves none the time to.
+        """
+        group = [process for process in psutil.process_iter() if _group_of(process.pid) == self.pid]
+        deadline = time.monotonic() + self.grace_s
+        while any(map(_runs, group)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is there and does not only wait to be collected, by whoever has inherited it."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
 
 

@@ -1,4 +1,8 @@
-"""What all ways of sending weights share: pausing, telling several servers at once, and who failed."""
+"""What all ways of sending weights share: pausing, telling several servers at once, and who failed.
+
+`DiskSync`, `TensorSync` and `DistributedSync` make one `Update` per push, on rank 0, which alone calls the servers;
+`share_outcome` then tells all ranks who failed.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,13 @@ class WeightSync(Protocol):
 class Update:
     """Rank 0's side of one update: every call goes to all servers at once, one that fails is left out from then on.
 
-    As a context manager it pauses the servers and lets them continue, whatever happens in between.
+    A server goes through these states; weights read from disk come in one call and need no `begin` and `end`:
+
+        serving --enter--> paused --begin--> open --post--> ... --end--> closed --exit--> serving
+
+    Whatever happens, nobody is left behind in the middle: a server that failed, at whatever call, keeps its first error
+    in `failed` and gets no more weights, but leaving the context closes what it has open and lets it continue. That it
+    gets no requests before it has taken a whole update is the engine's and the pool's business.
     """
 
     def __init__(self, urls: Sequence[str], *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
@@ -95,22 +105,19 @@ class Update:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Those that failed too: a server that refused an update must stay neither paused nor in the middle of it.
-        refused = dict(self.failed)
-        self.failed = {url: "" for url in self._servers if url not in self._begun}
-        self._control("/end_weight_update")
-        self.failed = {}
-        self._control("/continue_generation")
-        self.failed |= refused
+        # Those that may still have one open have failed already, or the caller's error is on its way: what they say to
+        # closing it is no news. One that does not hear that it may continue stays paused, and that is.
+        self._control("/end_weight_update", to=self._begun, heed=False)
+        self._control("/continue_generation", to=self._servers)
         for server in self._servers.values():
             self._background.run(server.close())
         self._background.close()
 
     def begin(self) -> None:
         """Open the update of weights that come tensor by tensor."""
-        # A trainer that died may have left one open; where none is, the server refuses and nothing happens.
-        before = dict(self.failed)
-        self._control("/end_weight_update")
-        self.failed = before
+        # A trainer that died, or an attempt before this one, may have left one open, and a server has at most one: it
+        # would refuse the next. Where none is open, it refuses to close it and nothing happens.
+        self._control("/end_weight_update", heed=False)
         self._control("/begin_weight_update")
         self._begun = set(self.urls)
 
@@ -123,11 +130,24 @@ class Update:
         """Call every server that has not failed; `body` may depend on the URL."""
         self.start(path, body)()
 
-    def start(self, path: str, body: Body, *, timeout_s: float | None = None) -> Callable[[], None]:
-        """As `post`, but returns at once; call what it returns to wait for the answers."""
+    def start(
+        self,
+        path: str,
+        body: Body,
+        *,
+        timeout_s: float | None = None,
+        to: Iterable[str] | None = None,
+        heed: bool = True,
+    ) -> Callable[[], None]:
+        """As `post`, but returns at once; call what it returns to wait for the answers.
+
+        Args:
+            to: servers that are called; None: those that have not failed.
+            heed: whether one that fails counts as failed from now on.
+        """
         calls = {
             url: self._background.submit(self._call(url, path, dict(body(url) if callable(body) else body), timeout_s))
-            for url in self.urls
+            for url in (self.urls if to is None else to)
         }
 
         def finish() -> None:
@@ -135,7 +155,8 @@ class Update:
                 try:
                     call.result()
                 except ServerError as error:
-                    self.failed[url] = str(error)
+                    if heed:
+                        self.failed.setdefault(url, str(error))
 
         return finish
 
@@ -166,8 +187,10 @@ class Update:
             if found != version:
                 self.failed[url] = f"{url} took an update to {version!r} but says that its weights are {found!r}"
 
-    def _control(self, path: str, body: Body | None = None) -> None:
-        self.start(path, body or {}, timeout_s=self._control_s)()
+    def _control(
+        self, path: str, body: Body | None = None, *, to: Iterable[str] | None = None, heed: bool = True
+    ) -> None:
+        self.start(path, body or {}, timeout_s=self._control_s, to=to, heed=heed)()
 
     async def _call(self, url: str, path: str, body: dict[str, Any], timeout_s: float | None) -> None:
         answer = await self._servers[url].post(path, body, timeout_s=timeout_s)

@@ -58,6 +58,8 @@ class DistributedSync:
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
             with Update(urls, pause=self.pause, timeout_s=self.timeout_s, api_key=self.api_key) as update:
+                # Reading the weights is collective: every attempt reads all of them on all ranks, whatever becomes of
+                # it here, and after each one the others must hear whether there is another.
                 again = True
                 while again:
                     again = not self._attempt(weights, version, update)
@@ -74,7 +76,7 @@ class DistributedSync:
     def _attempt(self, weights: Weights, version: str, update: Update) -> bool:
         """Send everything once; False where it has to be sent again to the servers that are left."""
         self._check_alive(update)
-        failed_before = dict(update.failed)
+        asked = update.urls
         stream = iter(weights)
         whole = self._join(update)
         if whole and update.urls:
@@ -91,12 +93,17 @@ class DistributedSync:
         if whole:
             return True
         self._leave(update)
-        # An engine that is alive failed because another one died on the way, and gets its weights with a new group.
-        hurt = [url for url in update.failed if url not in failed_before]
-        dead = {url: update.failed[url] for url in hurt if not update.alive(url)}
-        if dead:
-            update.failed = failed_before | dead
-        return not dead or not update.urls
+        # A broadcast ends for all when one of its ends is gone, so who failed says little about who is to blame. Where
+        # an engine died, those that are alive failed because of it: they are asked again, in a group without it. Where
+        # all are alive, each refused for a reason of its own, which would be there the next time too. Every attempt
+        # that is followed by another has lost an engine, so there are no more attempts than engines.
+        hurt = [url for url in asked if url in update.failed]
+        alive = [url for url in hurt if update.alive(url)]
+        if alive == hurt:
+            return True
+        for url in alive:
+            del update.failed[url]
+        return not update.urls
 
     def _lost(self, update: Update) -> bool:
         return set(self._members) != set(update.urls)
@@ -195,12 +202,10 @@ class DistributedSync:
         if self._group is None:
             return
         # An engine that is gone or was started again has no group to leave: its answer does not matter.
-        before = dict(update.failed)
-        left = update.start("/destroy_weights_update_group", {"group_name": self._name})
+        left = update.start("/destroy_weights_update_group", {"group_name": self._name}, heed=False)
         # Not after the answers: an engine that waits for a lost bucket hears nothing until our end closes.
         self._abandon()
         left()
-        update.failed = before
 
     def _abandon(self) -> None:
         """Close our end of the group at once, whatever is still under way."""
