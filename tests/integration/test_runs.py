@@ -19,6 +19,7 @@ from megatron_bpdg.cli import app
 from megatron_bpdg.evaluation.pass_at_k import pass_at_k
 from megatron_bpdg.training.loop import distill
 from tests.integration.miniature import VOCAB, Miniature, metrics, read_lines, weights
+from tests.parallel.spawn import run_ranks
 
 SAMPLED: dict[str, Any] = {"objective": {"name": "sampled_token"}}
 LSM: dict[str, Any] = {"objective": {"name": "lsm", "top_k": 8}}
@@ -206,9 +207,9 @@ def bpdg(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def succeeded(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
+def as_a_rank(arguments: list[str]) -> None:
+    """`bpdg` as torchrun starts it: one of the ranks that are there."""
+    app(arguments, standalone_mode=False)
 
 
 OPD_TRAINING = {"steps": 2, "lr": 2e-3}
@@ -218,7 +219,8 @@ OPD_TRAINING = {"steps": 2, "lr": 2e-3}
 def runs(miniature: Miniature, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Supervised training on two replicas from fresh weights, then distillation at tensor parallelism 2.
 
-    `sharded` is the same distillation of packed sequences at context parallelism 2.
+    `sharded` is the same distillation of packed sequences at context parallelism 2. The first command starts its ranks
+    itself, the others are ranks already.
     """
     root = tmp_path_factory.mktemp("runs")
     test = str(miniature.task / "test.jsonl")
@@ -232,7 +234,8 @@ def runs(miniature: Miniature, tmp_path_factory: pytest.TempPathFactory) -> Runs
         "training": {"steps": 20, "minibatches": 1, "batch_size": 7, "micro_batch_size": 2},
         "evaluation": {"data": {"held_out": test}, "samples": 2, "k": [1], "sampling": {"max_new_tokens": 16}},
     }
-    succeeded(bpdg("train", miniature.write(root / "sft.yaml", root / "sft", supervised)))
+    result = bpdg("train", miniature.write(root / "sft.yaml", root / "sft", supervised))
+    assert result.returncode == 0, result.stdout + result.stderr
     config = miniature.write(
         root / "opd.yaml",
         root / "opd",
@@ -246,10 +249,10 @@ def runs(miniature: Miniature, tmp_path_factory: pytest.TempPathFactory) -> Runs
         LSM,
         {"training": OPD_TRAINING},
     )
-    succeeded(bpdg("train", config, "training.minibatches=3", "--overwrite"))
+    run_ranks(as_a_rank, 2, ["train", str(config), "training.minibatches=3", "--overwrite"])
     overrides = [f"output={root / 'sharded'}", "layout={context_parallel: 2}"]
     overrides += [f"training.{field}" for field in ("minibatches=3", "micro_batch_size=1", "micro_batch_tokens=24")]
-    succeeded(bpdg("train", config, *overrides))
+    run_ranks(as_a_rank, 2, ["train", str(config), *overrides])
     return Runs(root / "sft", root / "opd", config, root / "sharded")
 
 
@@ -308,8 +311,9 @@ def test_report_of_a_run(runs: Runs) -> None:
 def test_eval_of_a_checkpoint_equals_the_run_s_own_evaluation(runs: Runs, miniature: Miniature, tmp_path: Path) -> None:
     command = ["eval", runs.opd / "checkpoints", "--data", miniature.task / "test.jsonl", "--samples", 2, "--grader"]
     command += ["exact", "--no-chat-template", "--max-new-tokens", 16, "--output", tmp_path / "eval"]
-    result = succeeded(bpdg(*command))
-    assert "pass@2 %" in result.stdout
+    result = CliRunner().invoke(app, [str(argument) for argument in command])
+    assert result.exit_code == 0, result.output
+    assert "pass@2 %" in result.output
     (record,) = read_lines(tmp_path / "eval" / "eval.jsonl")
     expected = read_lines(runs.opd / "eval.jsonl")[-1]
     assert record["problem_ids"] == expected["problem_ids"]
