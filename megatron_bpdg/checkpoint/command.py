@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="threads that read and that write (default: cores, at most 8)")
     parser.add_argument("--verify", action="store_true", help="go back from the result and compare every byte")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
-    parser.add_argument("--restart", action="store_true", help="delete what an interrupted conversion left")
 
 
 def run_script(parser: argparse.ArgumentParser, argv: Sequence[str] | None, to: str) -> int:
@@ -44,7 +43,6 @@ def run_script(parser: argparse.ArgumentParser, argv: Sequence[str] | None, to: 
             args.memory_gb,
             args.workers,
             overwrite=args.overwrite,
-            restart=args.restart,
         )
         convert(args.source, args.destination, options, to=to, hf_source=args.hf_source, verify=args.verify)
     except (OSError, ValueError, RuntimeError) as error:
@@ -61,7 +59,6 @@ def options_of(
     workers: int | None,
     *,
     overwrite: bool,
-    restart: bool,
 ) -> Options:
     """Options in the command line's units.
 
@@ -76,7 +73,6 @@ def options_of(
         workers=workers or min(8, os.cpu_count() or 1),
         memory=int(memory_gb * 10**9),
         overwrite=overwrite,
-        restart=restart,
     )
 
 

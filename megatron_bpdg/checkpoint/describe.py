@@ -68,7 +68,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_hf(hf: HFCheckpoint) -> dict[str, Any]:
     mapping = hf.mapping
-    sizes = [(stored.dtype, stored.num_bytes) for stored in hf.stored.values()]
+    sizes = [(dtype, hf.tensor_bytes(name)) for name, dtype in hf.dtypes.items()]
     files = len(hf.files)
     return {
         "format": "hf",

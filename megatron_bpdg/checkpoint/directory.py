@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_bpdg.checkpoint.files import copy_sidecars, write_text
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 METADATA_FILE = ".metadata"
@@ -90,3 +92,10 @@ def read_source(hf_folder: Path) -> Source | None:
         return Source(**json.loads(file.read_text(encoding="utf-8")))
     except TypeError as error:
         raise ValueError(f"{file} was not written by this program: {error}") from error
+
+
+def write_hf_folder(directory: Path, source_model: Path, source: Source) -> None:
+    """Make DIR/hf: config and tokenizer files from `source_model`, and what `Source` keeps."""
+    folder = directory / HF_FOLDER
+    copy_sidecars(source_model, folder)
+    write_text(folder / SOURCE_FILE, json.dumps(asdict(source), indent=2) + "\n")

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.hf import read_hf_config
-from megatron_bpdg.checkpoint.stream import iter_checkpoint
+from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.schema import Layout, Sampling
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems, special_ids
