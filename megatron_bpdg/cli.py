@@ -124,13 +124,19 @@ def convert(
 
     Of an interrupted conversion nothing is left. Under torchrun its ranks share the work.
     """
+    from functools import partial
+
     from megatron_bpdg.checkpoint.command import convert as run_convert
     from megatron_bpdg.checkpoint.command import options_of
 
     options = options_of(dtype, max_file_gb, memory_gb, workers, overwrite=overwrite)
+    agree = None
     if verify_logits is not None:
         _quiet_libraries()
-    run_convert(source, target, options, to=to, hf_source=hf_source, verify=verify, verify_logits=verify_logits)
+        from megatron_bpdg.evaluation import logits
+
+        agree = partial(logits.verify_logits, text=verify_logits)
+    run_convert(source, target, options, to=to, hf_source=hf_source, verify=verify, agree=agree)
 
 
 @app.command()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory, checkpoints_of
 from megatron_bpdg.checkpoint.mapping import ModelMapping
 from megatron_bpdg.checkpoint.patterns import Shape, Weight
 from megatron_bpdg.checkpoint.raw import load_piece, read_stored
@@ -302,5 +302,6 @@ def _read_metadata(file: Path) -> Metadata:
 
 
 def is_torch_dist(path: Path) -> bool:
-    """Whether `path` is DIR of the module docstring or one step's directory (a broken one included)."""
+    """Whether `path` is DIR of the module docstring, the directory of its run, or a step's (a broken one included)."""
+    path = checkpoints_of(path)
     return (path / TRACKER_FILE).is_file() or (path / METADATA_FILE).is_file()
