@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bpdg.checkpoint.convert import MAX_SHARD_SIZE
-from megatron_bpdg.checkpoint.hf_writer import HFWriter, hf_plan
+from megatron_bpdg.checkpoint.hf_writer import hf_plan, plan_shards, write_index, write_shard
 from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.models.hf_config import write_qwen3_config
 
@@ -43,11 +42,13 @@ def write_random(path: Path, shape: str) -> int:
     mapping = mapping_for({"model_type": "qwen3", **json.loads((path / "config.json").read_text())})
     plan = hf_plan(mapping, dict.fromkeys(mapping.by_key, torch.bfloat16), lm_head=False)
     generator = torch.Generator().manual_seed(0)
-    with HFWriter(path, plan, MAX_SHARD_SIZE) as writer:
-        for tensor in plan:
-            # Bit patterns cost less than normal numbers, and a conversion must keep any.
-            bits = torch.randint(-(2**15), 2**15, tensor.shape, dtype=torch.int16, generator=generator)
-            writer.add(tensor.name, bits.view(torch.bfloat16))
+    # Bit patterns cost less than normal numbers, and a conversion must keep any.
+    bits = (torch.randint(-(2**15), 2**15, tensor.shape, dtype=torch.int16, generator=generator) for tensor in plan)
+    tensors = zip((tensor.name for tensor in plan), (b.view(torch.bfloat16) for b in bits), strict=True)
+    shards = plan_shards(plan)
+    for shard in shards:
+        write_shard(path, shard, tensors)
+    write_index(path, shards)
     return sum(tensor.num_bytes for tensor in plan)
 
 

@@ -119,19 +119,24 @@ def convert(
     memory_gb: Annotated[float, typer.Option(min=1e-3, help="GB of tensors held at once, or the largest.")] = 1.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and that write.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
-    restart: Annotated[bool, typer.Option(help="Delete what an interrupted conversion left, not continue it.")] = False,
 ) -> None:
     """Convert between HF safetensors and Megatron checkpoints, byte for byte; see docs/converters.md.
 
-    An interrupted conversion continues when started again. Under torchrun its ranks share the work.
+    Of an interrupted conversion nothing is left. Under torchrun its ranks share the work.
     """
+    from functools import partial
+
     from megatron_bpdg.checkpoint.command import convert as run_convert
     from megatron_bpdg.checkpoint.command import options_of
 
-    options = options_of(dtype, max_file_gb, memory_gb, workers, overwrite=overwrite, restart=restart)
+    options = options_of(dtype, max_file_gb, memory_gb, workers, overwrite=overwrite)
+    agree = None
     if verify_logits is not None:
         _quiet_libraries()
-    run_convert(source, target, options, to=to, hf_source=hf_source, verify=verify, verify_logits=verify_logits)
+        from megatron_bpdg.evaluation import logits
+
+        agree = partial(logits.verify_logits, text=verify_logits)
+    run_convert(source, target, options, to=to, hf_source=hf_source, verify=verify, agree=agree)
 
 
 @app.command()

@@ -87,6 +87,7 @@ def _diagnose_installation(console: Console) -> bool:
 def _diagnose_servers(
     console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None
 ) -> bool:
+    from megatron_bpdg.checkpoint.directory import hf_folder
     from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.serving.http.client import api_key
 
@@ -95,7 +96,7 @@ def _diagnose_servers(
     if checkpoint is not None:
         from transformers import AutoTokenizer
 
-        folder = checkpoint / "hf" if (checkpoint / "hf").is_dir() else checkpoint
+        folder = hf_folder(checkpoint)
         vocab_size = read_hf_config(folder)["vocab_size"]
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     healthy = True

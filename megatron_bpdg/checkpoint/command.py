@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -20,40 +18,6 @@ from megatron_bpdg.checkpoint.torch_dist import is_torch_dist
 from megatron_bpdg.checkpoint.verify import verify_conversion
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `options_of` and `convert` that the scripts in tools/ share."""
-    parser.add_argument("source", type=Path, help="HF model directory, or Megatron checkpoint or one step of it")
-    parser.add_argument("destination", type=Path, help="new directory; appears only when complete")
-    parser.add_argument("--hf-source", type=Path, help="HF directory with config and tokenizer, where SOURCE has none")
-    parser.add_argument("--dtype", help=f"cast to {', '.join(DTYPES)} (default: as stored, byte for byte)")
-    parser.add_argument("--max-file-gb", type=float, help="GB per data file (default: 5 for HF, 2 for Megatron)")
-    parser.add_argument("--memory-gb", type=float, default=1.0, help="GB of tensors held at once (default: 1)")
-    parser.add_argument("--workers", type=int, help="threads that read and that write (default: cores, at most 8)")
-    parser.add_argument("--verify", action="store_true", help="go back from the result and compare every byte")
-    parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
-    parser.add_argument("--restart", action="store_true", help="delete what an interrupted conversion left")
-
-
-def run_script(parser: argparse.ArgumentParser, argv: Sequence[str] | None, to: str) -> int:
-    """Parse, convert to `to` and print the destination; 1 and a message on standard error where that fails."""
-    args = parser.parse_args(argv)
-    try:
-        options = options_of(
-            args.dtype,
-            args.max_file_gb,
-            args.memory_gb,
-            args.workers,
-            overwrite=args.overwrite,
-            restart=args.restart,
-        )
-        convert(args.source, args.destination, options, to=to, hf_source=args.hf_source, verify=args.verify)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(args.destination)
-    return 0
-
-
 def options_of(
     dtype: str | None,
     max_file_gb: float | None,
@@ -61,7 +25,6 @@ def options_of(
     workers: int | None,
     *,
     overwrite: bool,
-    restart: bool,
 ) -> Options:
     """Options in the command line's units.
 
@@ -76,7 +39,6 @@ def options_of(
         workers=workers or min(8, os.cpu_count() or 1),
         memory=int(memory_gb * 10**9),
         overwrite=overwrite,
-        restart=restart,
     )
 
 
@@ -88,7 +50,7 @@ def convert(
     to: str | None = None,
     hf_source: Path | None = None,
     verify: bool = False,
-    verify_logits: str | None = None,
+    agree: Callable[[Path, Path], str] | None = None,
 ) -> None:
     """Convert HF -> torch_dist, or Megatron -> HF; under torchrun, shared by its ranks.
 
@@ -99,7 +61,7 @@ def convert(
         to: format of the target; None: the one that the source is not in. An mp_rank checkpoint can become either.
         hf_source: config and tokenizer of a Megatron checkpoint that has no hf folder.
         verify: take the target back to the source and compare every tensor's name, shape, dtype and bytes.
-        verify_logits: a text on which HF transformers and Megatron-Core must agree.
+        agree: given the HF directory and the torch_dist checkpoint, compares their models and says how; or raises.
 
     Raises:
         FileNotFoundError, FileExistsError, MappingError, OSError, ValueError: see `hf_to_megatron`.
@@ -107,20 +69,20 @@ def convert(
     if to not in (None, "hf", "megatron"):
         raise ValueError(f"--to {to!r} is not known; choose hf or megatron")
     kind = to or ("hf" if is_megatron(source) else "megatron")
-    _check(source, kind, verify_logits is not None)
+    _check(source, kind, agree is not None)
     console = Console(stderr=True)
     run = megatron_to_hf if kind == "hf" else hf_to_megatron
     with converter_ranks() as ranks:
-        if verify_logits is not None and ranks.size > 1:
+        if agree is not None and ranks.size > 1:
             raise ValueError("--verify-logits runs in one process: convert under torchrun, then compare without it")
         run(source, target, hf_source=hf_source, options=options, console=console, ranks=ranks)
         if verify:
             _verify(source, target, hf_source, options, console, ranks)
         if ranks.first:
             console.print(f"written: {target}")
-    if verify_logits is not None:
+    if agree is not None:
         hf, megatron = (target, source) if kind == "hf" else (source, target)
-        _verify_logits(hf, megatron, verify_logits, console)
+        console.print(agree(hf, megatron))
 
 
 def _check(source: Path, kind: str, logits: bool) -> None:
@@ -150,12 +112,3 @@ def _verify(
         raise MappingError("the round trip is not exact:\n  " + "\n  ".join(differences))
     if ranks.first:
         console.print("verified: names, shapes, dtypes and bytes of all tensors survive the round trip")
-
-
-def _verify_logits(hf: Path, megatron: Path, text: str, console: Console) -> None:
-    from megatron_bpdg.checkpoint.logits import compare_logits
-
-    comparison = compare_logits(hf, megatron, text)
-    if not comparison.equal:
-        raise MappingError(f"HF transformers and Megatron-Core disagree: {comparison}")
-    console.print(f"logits agree: {comparison}")

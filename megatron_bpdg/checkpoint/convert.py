@@ -1,21 +1,24 @@
-"""Conversions between HF and Megatron checkpoints: streamed, parallel, resumable, shared by the ranks of torchrun."""
+"""Conversions between HF and Megatron checkpoints: streamed, in bounded memory, shared by the ranks of torchrun."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from megatron_bpdg.checkpoint.cast import Cast
-from megatron_bpdg.checkpoint.directory import RELEASE, Source
-from megatron_bpdg.checkpoint.files import check_disk_space, copy_sidecars
+from megatron_bpdg.checkpoint.directory import RELEASE, Source, write_hf_folder
+from megatron_bpdg.checkpoint.files import check_disk_space, check_free, copy_sidecars, staged_directory
 from megatron_bpdg.checkpoint.hf_writer import (
-    TensorPlan,
+    MAX_SHARD_SIZE,
+    Shard,
     hf_plan,
     plan_shards,
     set_config_dtype,
@@ -23,24 +26,19 @@ from megatron_bpdg.checkpoint.hf_writer import (
     write_shard,
 )
 from megatron_bpdg.checkpoint.mapping import LM_HEAD
-from megatron_bpdg.checkpoint.partial import partial_directory, partial_path
 from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.source import SourceModel, open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import (
     MAX_FILE_SIZE,
-    plan_dist_files,
+    check_stacked_dtypes,
     weight_bytes,
-    without_crc32,
     write_dist_common,
-    write_dist_file,
-    write_dist_metadata,
-    write_hf_folder,
+    write_torch_dist,
 )
-from megatron_bpdg.checkpoint.transfer import OutputFile, has_record, is_complete, read_record, transfer
+from megatron_bpdg.checkpoint.transfer import Transfer
 from megatron_bpdg.tracking.progress import progress_bar
 
-MAX_SHARD_SIZE = 5 * 10**9
 # Headers, metadata and tokenizer files on top of the tensors.
 _DISK_MARGIN = 64 * 2**20
 
@@ -52,10 +50,9 @@ class Options:
     Attributes:
         dtype: cast to this; None: keep each tensor's dtype, byte for byte.
         max_file_size: bytes per data file; None: 5 GB for safetensors, 2 GB for torch_dist.
-        workers: threads that read, and threads that write.
+        workers: threads that read and write.
         memory: bytes of tensors held at once (the largest tensor, where that is more).
         overwrite: replace an existing target.
-        restart: delete what an interrupted conversion left instead of continuing it.
     """
 
     dtype: torch.dtype | None = None
@@ -63,7 +60,6 @@ class Options:
     workers: int = 2
     memory: int = 2**30
     overwrite: bool = False
-    restart: bool = False
 
     def __post_init__(self) -> None:
         for name in ("workers", "memory", "max_file_size"):
@@ -83,8 +79,8 @@ def hf_to_megatron(
 ) -> Path:
     """Convert an HF directory (or an mp_rank checkpoint) to torch_dist, loadable at any parallel layout.
 
-    Holds `options.memory` bytes of tensors, or the largest one. `dst` appears only when complete; an interrupted
-    conversion continues where it was.
+    Holds `options.memory` bytes of tensors, or the largest one. `dst` appears only when complete; of an interrupted
+    conversion nothing is left.
 
     Args:
         src: HF directory with safetensors weights, or Megatron checkpoint.
@@ -100,33 +96,40 @@ def hf_to_megatron(
 
     Raises:
         FileNotFoundError: `src` or a file of it is missing.
-        FileExistsError: `dst` exists and may not be replaced, or another unfinished conversion is in the way.
+        FileExistsError: `dst` exists and may not be replaced.
         MappingError: the tensors are not those the config asks for; lists all of them.
-        OSError: not enough disk space.
+        OSError: not enough disk space, or another process is converting to `dst`.
         ValueError: a model or feature that is not supported; `dst` holds the source.
     """
     options = _with(options, overwrite)
-    cast = Cast(options.dtype)
+    cast, ranks = Cast(options.dtype), ranks or Ranks()
     model = open_source(Path(src), _path(hf_source), mixed=options.dtype is not None)
     mapping = model.mapping
     dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    plan = plan_dist_files(mapping, dtypes, options.max_file_size or MAX_FILE_SIZE)
-    files = []
-    for file in plan:
-        weights = [(weight, _cost(weight, model.dtypes, dtypes)) for weight in file.weights]
-        size = sum(weight_bytes(weight, dtypes[weight.key]) for weight in file.weights)
-        files.append(OutputFile(f"{RELEASE}/{file.name}", size, weights, partial(write_dist_file, file, mapping)))
+    check_stacked_dtypes(mapping, dtypes)
+
+    def write(building: Path, transfer: Transfer) -> None:
+        write_torch_dist(
+            building / RELEASE,
+            mapping,
+            dtypes,
+            lambda weight: model.read(weight, cast),
+            lambda weight: _cost(weight, model.dtypes, dtypes),
+            transfer,
+            max_file_size=options.max_file_size or MAX_FILE_SIZE,
+            ranks=ranks,
+        )
 
     def finish(building: Path) -> None:
-        records = {file.name: read_record(building, file.name) for file in plan}
-        write_dist_metadata(building / RELEASE, mapping, dtypes, records)
         write_dist_common(building, model.config)
         dtype = str(dtypes[mapping.embedding.key]).removeprefix("torch.")
         write_hf_folder(building, model.hf_folder, Source(model.has_lm_head, model.config["vocab_size"], dtype))
         if options.dtype is not None:
             set_config_dtype(building / "hf" / "config.json", options.dtype)
 
-    return _convert(model, Path(dst), "to Megatron", files, finish, cast, options, console, ranks or Ranks())
+    sizes = [weight_bytes(weight, dtypes[weight.key]) for weight in mapping.weights]
+    _convert(model, Path(dst), "to Megatron", sizes, write, finish, cast, options, console, ranks)
+    return Path(dst)
 
 
 def megatron_to_hf(
@@ -157,20 +160,31 @@ def megatron_to_hf(
         As `hf_to_megatron`.
     """
     options = _with(options, overwrite, dtype, max_shard_size)
-    cast = Cast(options.dtype)
+    cast, ranks = Cast(options.dtype), ranks or Ranks()
     model = open_source(Path(src), _path(hf_source), mixed=options.dtype is not None)
     mapping, lm_head = model.mapping, model.has_lm_head
     dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    weight_of = {name: weight for weight in mapping.weights for name in weight.hf_names}
-    if mapping.tied and lm_head:
-        weight_of[LM_HEAD] = mapping.embedding
     shards = plan_shards(hf_plan(mapping, dtypes, lm_head=lm_head), options.max_file_size or MAX_SHARD_SIZE)
-    files = []
-    for shard in shards:
-        groups = list(_groups(shard.ordered, weight_of))
-        weights = [(weight, _cost(weight, model.dtypes, dtypes)) for weight, _ in groups]
-        write = partial(write_shard, shard, [parts for _, parts in groups])
-        files.append(OutputFile(shard.file, shard.num_bytes, weights, write))
+    weight_of = {name: weight for weight in mapping.weights for name in weight.hf_names}
+    if mapping.tied:
+        weight_of[LM_HEAD] = mapping.embedding
+
+    def tensors(shard: Shard, transfer: Transfer) -> Iterator[tuple[str, Tensor]]:
+        """What a file holds; its neighbours from one Megatron tensor are read together."""
+        for weight, group in groupby(shard.tensors, lambda tensor: weight_of[tensor.name]):
+            planned = list(group)
+            with transfer.tensor(sum(t.num_bytes for t in planned), _cost(weight, model.dtypes, dtypes)):
+                parts = weight.split(model.read(weight, cast))
+                for tensor in planned:
+                    # A tied model's repeated head is the only tensor under a name that its weight does not know.
+                    yield tensor.name, parts[tensor.name if tensor.name in parts else weight.hf_names[0]]
+                del parts
+
+    def write(building: Path, transfer: Transfer) -> None:
+        mine = shards[ranks.rank :: ranks.size]
+        ranks.each(
+            lambda: transfer.run(partial(write_shard, building, shard, tensors(shard, transfer)) for shard in mine)
+        )
 
     def finish(building: Path) -> None:
         write_index(building, shards)
@@ -178,21 +192,9 @@ def megatron_to_hf(
         if options.dtype is not None:
             set_config_dtype(building / "config.json", options.dtype)
 
-    return _convert(model, Path(dst), "to HF", files, finish, cast, options, console, ranks or Ranks())
-
-
-def _groups(
-    tensors: Sequence[TensorPlan], weight_of: Mapping[str, Weight]
-) -> Iterator[tuple[Weight, list[TensorPlan]]]:
-    """Runs of tensors that come from one Megatron tensor, which is then read once."""
-    run: list[TensorPlan] = []
-    for tensor in tensors:
-        if run and weight_of[run[0].name] is not weight_of[tensor.name]:
-            yield weight_of[run[0].name], run
-            run = []
-        run.append(tensor)
-    if run:
-        yield weight_of[run[0].name], run
+    sizes = [shard.num_bytes for shard in shards]
+    _convert(model, Path(dst), "to HF", sizes, write, finish, cast, options, console, ranks)
+    return Path(dst)
 
 
 def _with(
@@ -202,13 +204,11 @@ def _with(
     max_file_size: int | None = None,
 ) -> Options:
     options = options or Options()
-    return Options(
-        dtype or options.dtype,
-        options.max_file_size if max_file_size is None else max_file_size,
-        options.workers,
-        options.memory,
-        overwrite or options.overwrite,
-        options.restart,
+    return replace(
+        options,
+        dtype=dtype or options.dtype,
+        max_file_size=options.max_file_size if max_file_size is None else max_file_size,
+        overwrite=overwrite or options.overwrite,
     )
 
 
@@ -227,70 +227,32 @@ def _convert(
     model: SourceModel,
     dst: Path,
     title: str,
-    files: Sequence[OutputFile],
+    sizes: list[int],
+    write: Callable[[Path, Transfer], object],
     finish: Callable[[Path], None],
     cast: Cast,
     options: Options,
     console: Console | None,
     ranks: Ranks,
-) -> Path:
+) -> None:
+    """Build `dst`: `write` by all ranks, each its share of the parts whose `sizes` are given, `finish` by the first."""
     for file in (*model.files, model.hf_folder / "config.json"):
         if dst.resolve() in file.resolve().parents:
             raise ValueError(f"{dst} holds {file}, which the conversion reads: choose another destination")
-    plan = {
-        "format": 1,
-        "target": title,
-        "dtype": str(options.dtype),
-        "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(model.files)],
-        "files": [[file.name, file.num_bytes, [weight.key for weight, _ in file.weights]] for file in files],
-    }
-    total = sum(file.num_bytes for file in files)
-    done = partial_path(dst)
-    missing = sum(file.num_bytes for file in files if options.restart or not has_record(done, file.name))
-    ranks.on_first(lambda: check_disk_space(dst, missing + _DISK_MARGIN))
+
+    def check() -> None:
+        check_free(dst, overwrite=options.overwrite)
+        check_disk_space(dst, sum(sizes) + _DISK_MARGIN)
+
+    ranks.on_first(check)
     started = time.monotonic()
-    try:
-        with partial_directory(dst, plan, ranks, overwrite=options.overwrite, restart=options.restart) as building:
-            for parent in {(building / file.name).parent for file in files}:
-                parent.mkdir(exist_ok=True)
-            mine = files[ranks.rank :: ranks.size]
-            ranks.each(
-                lambda: _write_files(mine, building, title, model, cast, options, console if ranks.first else None)
-            )
-            ranks.on_first(lambda: finish(building))
-    except BaseException:
-        if console is not None and ranks.first and done.is_dir():
-            console.print(f"unfinished: complete files are kept in {done}; the same command continues, or delete it")
-        raise
+    bar = progress_bar(console if ranks.first else None, title, sum(sizes[ranks.rank :: ranks.size]))
+    with staged_directory(dst, overwrite=options.overwrite, ranks=ranks) as building:
+        with bar as advance:
+            write(building, Transfer(options.workers, options.memory, advance))
+        ranks.on_first(lambda: finish(building))
     cast.merge(ranks.gather(cast.counts))
     if console is not None and ranks.first:
-        seconds = time.monotonic() - started
-        console.print(f"{title}: {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)")
+        seconds, total = time.monotonic() - started, sum(sizes) / 1e9
+        console.print(f"{title}: {total:.2f} GB in {seconds:.1f} s ({total / seconds:.2f} GB/s)")
         console.print(cast.statement())
-    return dst
-
-
-def _write_files(
-    files: Sequence[OutputFile],
-    building: Path,
-    title: str,
-    model: SourceModel,
-    cast: Cast,
-    options: Options,
-    console: Console | None,
-) -> None:
-    """Write those files that an earlier, interrupted conversion did not complete."""
-    with progress_bar(console, title, sum(file.num_bytes for file in files)) as advance:
-        todo = [file for file in files if not is_complete(building, file.name)]
-        advance(sum(file.num_bytes for file in files) - sum(file.num_bytes for file in todo))
-        if len(todo) < len(files) and console is not None:
-            console.print(f"continuing: {len(files) - len(todo)} of {len(files)} files were complete and are intact")
-        with without_crc32():
-            transfer(
-                todo,
-                building,
-                lambda weight: model.read(weight, cast),
-                workers=options.workers,
-                memory=options.memory,
-                advance=advance,
-            )

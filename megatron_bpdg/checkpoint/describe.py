@@ -15,7 +15,7 @@ from megatron_bpdg.checkpoint.config import hf_config_of
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import mapping_for
-from megatron_bpdg.checkpoint.raw import load_structure
+from megatron_bpdg.checkpoint.raw import load_foreign
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
 
 _MODEL_FIELDS = (
@@ -68,7 +68,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_hf(hf: HFCheckpoint) -> dict[str, Any]:
     mapping = hf.mapping
-    sizes = [(stored.dtype, stored.num_bytes) for stored in hf.stored.values()]
+    sizes = [(dtype, hf.tensor_bytes(name)) for name, dtype in hf.dtypes.items()]
     files = len(hf.files)
     return {
         "format": "hf",
@@ -156,7 +156,7 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
 def _common_arguments(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
-    common = load_structure(file, foreign=True)
+    common = load_foreign(file)
     arguments = common.get("args") if isinstance(common, dict) else None
     return vars(arguments) if isinstance(arguments, Namespace) else {}
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_bpdg.checkpoint.files import copy_sidecars
+from megatron_bpdg.tracking.files import write_text
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 METADATA_FILE = ".metadata"
 RELEASE = "release"
 HF_FOLDER = "hf"
 SOURCE_FILE = "bpdg_source.json"
+# Where a training run keeps its checkpoints.
+_OF_A_RUN = "checkpoints"
 
 
 class StepDirectory:
@@ -40,18 +45,26 @@ class StepDirectory:
         return folder if (folder / "config.json").is_file() else None
 
 
+def checkpoints_of(path: Path) -> Path:
+    """``RUN/checkpoints`` for the directory of a training run, else `path` itself."""
+    inner = path / _OF_A_RUN
+    return inner if (inner / TRACKER_FILE).is_file() else path
+
+
 def step_directory(path: Path) -> tuple[Path, Path]:
-    """(DIR, the step's directory) of a Megatron checkpoint in any format, from DIR with its tracker or from the step's.
+    """(DIR, the step's directory) of a Megatron checkpoint in any format.
+
+    Args:
+        path: DIR with its tracker, which names the newest step; the directory of a run with such a DIR; or a step.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: a tracker that holds something else.
     """
+    path = checkpoints_of(path)
     tracker = path / TRACKER_FILE
-    if (path / METADATA_FILE).is_file():
-        return path.parent, path
     if not tracker.is_file():
-        if path.is_dir() and (path.name == RELEASE or path.name.startswith("iter_")):
+        if _is_step(path):
             return path.parent, path
         raise FileNotFoundError(
             f"{path} is no Megatron checkpoint: it has neither {TRACKER_FILE} nor the name of a step"
@@ -63,6 +76,31 @@ def step_directory(path: Path) -> tuple[Path, Path]:
     if not directory.is_dir():
         raise FileNotFoundError(f"{tracker} points at {directory}, which does not exist")
     return path, directory
+
+
+def hf_folder(path: Path) -> Path:
+    """Where a checkpoint's config.json and tokenizer lie: in it (HF), or in the hf folder beside its steps (Megatron).
+
+    Args:
+        path: HF directory, or what `step_directory` takes.
+
+    Raises:
+        FileNotFoundError: there is no config.json in either place.
+    """
+    root = checkpoints_of(path)
+    folders = [path, root / HF_FOLDER, *([root.parent / HF_FOLDER] if _is_step(root) else [])]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path} has neither config.json (an HF checkpoint) nor hf/config.json (a bpdg checkpoint or run)"
+    )
+
+
+def _is_step(path: Path) -> bool:
+    """Whether `path` is one step's directory, complete or not."""
+    named = path.name == RELEASE or path.name.startswith("iter_")
+    return (path / METADATA_FILE).is_file() or (named and path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -90,3 +128,10 @@ def read_source(hf_folder: Path) -> Source | None:
         return Source(**json.loads(file.read_text(encoding="utf-8")))
     except TypeError as error:
         raise ValueError(f"{file} was not written by this program: {error}") from error
+
+
+def write_hf_folder(directory: Path, source_model: Path, source: Source) -> None:
+    """Make DIR/hf: config and tokenizer files from `source_model`, and what `Source` keeps."""
+    folder = directory / HF_FOLDER
+    copy_sidecars(source_model, folder)
+    write_text(folder / SOURCE_FILE, json.dumps(asdict(source), indent=2) + "\n")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, TypeVar
 
+from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.tracking.files import fsync_path
-from megatron_bpdg.tracking.files import write_text as write_text
 
 # Kept next to the weights so that a converted checkpoint serves as a model directory by itself.
 SIDECAR_PATTERNS = (
@@ -22,6 +24,9 @@ SIDECAR_PATTERNS = (
     "added_tokens.json",
     "chat_template*",
 )
+_LOCK = ".lock"
+
+Item = TypeVar("Item")
 
 
 def check_free(destination: Path, *, overwrite: bool) -> None:
@@ -47,22 +52,76 @@ def check_disk_space(destination: Path, needed_bytes: int) -> None:
         )
 
 
+def partial_path(destination: Path) -> Path:
+    """Where `destination` is being built."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
 @contextmanager
-def staged_directory(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling directory that becomes `destination` when the with-block ends well, else is removed.
+def staged_directory(destination: Path, *, overwrite: bool = False, ranks: Ranks | None = None) -> Iterator[Path]:
+    """A sibling directory that becomes `destination` when the with-block ends well on all ranks, else is removed.
+
+    What a process that was killed left there is removed first.
+
+    Args:
+        destination: what it becomes.
+        overwrite: replace an existing `destination`.
+        ranks: processes that build it together; None: this one.
 
     Raises:
         FileExistsError: where `destination` is not empty and `overwrite` is false.
+        OSError: another process is building it.
     """
-    check_free(destination, overwrite=overwrite)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
-    staging.mkdir()
+    ranks, staging = ranks or Ranks(), partial_path(destination)
+    lock = ranks.on_first(lambda: _claim(destination, staging, overwrite=overwrite))
+
+    def publish() -> None:
+        (staging / _LOCK).unlink()
+        check_free(destination, overwrite=overwrite)
+        publish_directory(staging, destination)
+
     try:
         yield staging
-        publish_directory(staging, destination)
+        ranks.on_first(publish)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+            lock.close()
+
+
+def _claim(destination: Path, staging: Path, *, overwrite: bool) -> IO[str]:
+    """Make `staging`, empty but for the lock that is returned."""
+    check_free(destination, overwrite=overwrite)
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = (staging / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise OSError(f"another process is writing {destination}; its files are in {staging}") from error
+    for path in staging.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return lock
+
+
+def in_files(items: Sequence[Item], sizes: Sequence[int], max_file_size: int) -> list[list[Item]]:
+    """Spread items, in order, over files of at most `max_file_size` bytes; a larger one has a file of its own.
+
+    Raises:
+        ValueError: a `max_file_size` below 1.
+    """
+    if max_file_size < 1:
+        raise ValueError(f"max_file_size {max_file_size} must be at least 1 byte")
+    files: list[list[Item]] = [[]]
+    filled = 0
+    for item, size in zip(items, sizes, strict=True):
+        if files[-1] and filled + size > max_file_size:
+            files.append([])
+            filled = 0
+        files[-1].append(item)
+        filled += size
+    return files
 
 
 def publish_directory(staging: Path, destination: Path) -> None:

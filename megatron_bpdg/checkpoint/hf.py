@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.config import read_hf_config as read_hf_config
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError, ModelMapping, mapping_for
-from megatron_bpdg.checkpoint.raw import StoredTensor
+from megatron_bpdg.checkpoint.patterns import Shape
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -23,17 +25,18 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_MAX_HEADER = 100_000_000  # the format's own limit
 _COMPARE_ROWS = 8192
 
 
 class HFCheckpoint:
     """An HF model directory with safetensors weights, sharded or in one file. Tensors are read when asked for.
 
+    Files are mapped, and a tensor may be a view of its file: it is not to be written to, nor the file while it is used.
+
     Attributes:
         path: the directory.
         config: see `read_hf_config`.
-        stored: name -> place of every tensor.
+        files: data files.
         shapes: name -> shape of every tensor.
         dtypes: name -> dtype of every tensor.
 
@@ -48,12 +51,15 @@ class HFCheckpoint:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory: expected an HF model directory")
         self.config = read_hf_config(self.path)
-        self.stored = self._locate()
-        self.shapes = {name: stored.shape for name, stored in self.stored.items()}
-        self.dtypes = {name: stored.dtype for name, stored in self.stored.items()}
+        self._files = self._locate()
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name, file in self._files.items():
+            tensor = file.get_slice(name)
+            self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()]
 
-    def _locate(self) -> dict[str, StoredTensor]:
-        """Every tensor's place, from the index or the single file, and the files' headers."""
+    def _locate(self) -> dict[str, Any]:
+        """Every tensor's opened file, from the index or the single file."""
         weight_map: dict[str, str] | None = None
         if (self.path / INDEX_FILE).is_file():
             weight_map = _read_index(self.path / INDEX_FILE)
@@ -65,15 +71,17 @@ class HFCheckpoint:
         else:
             hint = "; convert the .bin weights with transformers' save_pretrained first" if self._has_bin() else ""
             raise FileNotFoundError(f"{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}{hint}")
-        located: dict[str, StoredTensor] = {}
+        self.files = [self.path / file for file in files]
+        located: dict[str, Any] = {}
+        file_of: dict[str, str] = {}
         problems = []
         for file in files:
-            for name, stored in _read_header(self.path / file).items():
+            for name, opened in _open(self.path / file).items():
                 if name in located:
-                    problems.append(f"{name} is in both {located[name].file.name} and {file}")
+                    problems.append(f"{name} is in both {file_of[name]} and {file}")
                 elif weight_map is not None and weight_map.get(name) != file:
                     problems.append(f"{name} is in {file}; {INDEX_FILE} says {weight_map.get(name)}")
-                located[name] = stored
+                located[name], file_of[name] = opened, file
         problems += [f"{name} is not in {file}" for name, file in (weight_map or {}).items() if name not in located]
         if problems:
             raise MappingError(f"{self.path}: index and shards disagree\n  " + "\n  ".join(problems))
@@ -99,16 +107,18 @@ class HFCheckpoint:
     @property
     def num_bytes(self) -> int:
         """Size of all tensors."""
-        return sum(stored.num_bytes for stored in self.stored.values())
+        return sum(self.tensor_bytes(name) for name in self.names)
 
-    @property
-    def files(self) -> list[Path]:
-        """Data files."""
-        return sorted({stored.file for stored in self.stored.values()})
+    def tensor_bytes(self, name: str) -> int:
+        """Size of a tensor."""
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
         """A tensor, or ``[start, start + length)`` of its dimension `dim`, from disk. A `patterns.TensorReader`."""
-        return self.stored[name].read(dim, start, length)
+        if dim is None:
+            return self._files[name].get_tensor(name)
+        assert length is not None
+        return self._files[name].get_slice(name)[(*[slice(None)] * dim, slice(start, start + length))]
 
     @cached_property
     def mapping(self) -> ModelMapping:
@@ -148,35 +158,17 @@ def _read_index(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is not an index: expected JSON with a weight_map of tensor names to files") from error
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """Name -> place of a safetensors file's tensors: 8 bytes of length, then JSON, then the bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, size):
-            raise ValueError(f"{file} is not a safetensors file (or is truncated)")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
-            }
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{file} is not a safetensors file: its header does not describe tensors") from error
-    if quantised := sorted({dtype for dtype, *_ in entries.values()} - DTYPES.keys()):
-        names = ", ".join(name for name, (dtype, *_) in entries.items() if dtype in quantised)
+def _open(file: Path) -> dict[str, Any]:
+    """Name -> the opened file, whose header describes it exactly: no tensors that overlap or are not supported."""
+    try:
+        opened = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated, damaged or not a safetensors file: {error}") from error
+    names = opened.keys()
+    dtypes = {name: opened.get_slice(name).get_dtype() for name in names}
+    if quantised := [name for name, dtype in dtypes.items() if dtype not in DTYPES]:
         raise ValueError(
-            f"{file}: unsupported dtype {', '.join(quantised)} of {names}; supported: {', '.join(DTYPES)} (quantised "
-            "releases have a bf16 original)"
+            f"{file}: unsupported dtype {', '.join(sorted({dtypes[name] for name in quantised}))} of "
+            f"{', '.join(quantised)}; supported: {', '.join(DTYPES)} (quantised releases have a bf16 original)"
         )
-    end = 8 + length + max((stop for *_, stop in entries.values()), default=0)
-    if size < end:
-        raise ValueError(f"{file} is truncated: {size} bytes, its header asks for {end}")
-    tensors = {}
-    for name, (dtype, shape, begin, stop) in entries.items():
-        stored = StoredTensor(file, 8 + length + begin, shape, DTYPES[dtype])
-        if begin < 0 or stored.num_bytes != stop - begin:
-            raise ValueError(f"{file}: {name} {shape} {dtype} has {stop - begin} bytes, not {stored.num_bytes}")
-        tensors[name] = stored
-    return tensors
+    return dict.fromkeys(names, opened)

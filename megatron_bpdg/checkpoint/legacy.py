@@ -8,7 +8,7 @@ On disk::
 
 ``PPP`` is there with pipeline stages, ``EEE`` with expert parallelism; the arguments saved in the files tell which is
 which. Only Megatron-Core models are read (``decoder.layers...``), of either layer spec, grouped or sequential experts,
-virtual stages included. Files are opened without running code from them, and tensors are read when asked for.
+virtual stages included. Files are mapped without running code from them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from megatron_bpdg.checkpoint.mapping import (
     canonical_name,
     raise_on_mismatch,
 )
-from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
-from megatron_bpdg.checkpoint.raw import StoredTensor, load_structure, stored
+from megatron_bpdg.checkpoint.patterns import Expert, Weight
+from megatron_bpdg.checkpoint.raw import load_foreign
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -51,28 +51,6 @@ class _Position:
     tensor: int
     pipeline: int
     expert: int
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One rank's part of a tensor.
-
-    Attributes:
-        place: in the file.
-        transposed: whether the last two dimensions are stored the other way round.
-    """
-
-    place: StoredTensor
-    transposed: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        shape = self.place.shape
-        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
-
-    def read(self) -> Tensor:
-        tensor = self.place.read()
-        return tensor.transpose(-1, -2).contiguous() if self.transposed else tensor
 
 
 class LegacyCheckpoint(StepDirectory):
@@ -154,14 +132,14 @@ class LegacyCheckpoint(StepDirectory):
             raise ValueError(f"{self._file(name)} is of a model from before Megatron-Core, which is not supported")
         return chunks
 
-    def _index(self) -> dict[str, dict[_Position, _Shard]]:
+    def _index(self) -> dict[str, dict[_Position, Tensor]]:
         """Canonical key -> shard of each rank that holds it."""
-        found: dict[str, dict[_Position, _Shard]] = {}
+        found: dict[str, dict[_Position, Tensor]] = {}
         offsets = self._layer_offsets()
         for name, position in self._positions.items():
             for number, chunk in enumerate(self._chunks(name)):
                 offset = offsets[number, position.pipeline]
-                for key, shard in self._tensors(name, position, chunk, offset):
+                for key, shard in self._tensors(position, chunk, offset):
                     found.setdefault(key, {})[position] = shard
         return found
 
@@ -183,9 +161,8 @@ class LegacyCheckpoint(StepDirectory):
         return offsets
 
     def _tensors(
-        self, name: str, position: _Position, chunk: Mapping[str, Any], layer_offset: int
-    ) -> Iterable[tuple[str, _Shard]]:
-        file = self._file(name)
+        self, position: _Position, chunk: Mapping[str, Any], layer_offset: int
+    ) -> Iterable[tuple[str, Tensor]]:
         routers = {
             match.group() for key in chunk if (match := _LAYER.match(key)) and key.endswith(".mlp.router.weight")
         }
@@ -196,12 +173,11 @@ class LegacyCheckpoint(StepDirectory):
             has_experts = layer is not None and layer.group() in routers
             if layer:
                 key = f"decoder.layers.{int(layer.group(1)) + layer_offset}.{key[layer.end() :]}"
-            place = stored(tensor, file)
             if fused := _FUSED_EXPERTS.search(key):
-                yield from self._split_experts(key[: fused.start()], int(fused.group(1)), place, position)
+                yield from self._split_experts(key[: fused.start()], int(fused.group(1)), tensor, position)
                 continue
             first_expert = self._experts_per_rank * position.expert
-            yield canonical_name(key, has_experts=has_experts, first_expert=first_expert), _Shard(place)
+            yield canonical_name(key, has_experts=has_experts, first_expert=first_expert), tensor
 
     @cached_property
     def _experts_per_rank(self) -> int:
@@ -211,16 +187,15 @@ class LegacyCheckpoint(StepDirectory):
         return experts // self.sizes["expert"]
 
     def _split_experts(
-        self, prefix: str, number: int, place: StoredTensor, position: _Position
-    ) -> Iterable[tuple[str, _Shard]]:
+        self, prefix: str, number: int, fused: Tensor, position: _Position
+    ) -> Iterable[tuple[str, Tensor]]:
         """``weight1`` [H, e * 2F] seen as [e, H, 2F], ``weight2`` [e * F, H] as [e, F, H], for e local experts."""
         count = self._experts_per_rank
-        rows, columns = place.shape
-        shape = (count, rows, columns // count) if number == 1 else (count, rows // count, columns)
-        experts = StoredTensor(place.file, place.offset, shape, place.dtype)
-        for e in range(count):
+        rows, columns = fused.shape
+        experts = fused.view(count, rows, columns // count) if number == 1 else fused.view(count, -1, columns)
+        for e, expert in enumerate(experts):
             key = f"{prefix}mlp.experts.experts.{count * position.expert + e}.linear_fc{number}.weight"
-            yield key, _Shard(experts.select(e), transposed=True)
+            yield key, expert.T
 
     @property
     def files(self) -> list[Path]:
@@ -236,13 +211,13 @@ class LegacyCheckpoint(StepDirectory):
     def stored_sizes(self) -> list[tuple[torch.dtype, int]]:
         """dtype and bytes of every rank's part of every tensor."""
         shards = (shard for ranks in self._shards.values() for shard in ranks.values())
-        return [(shard.place.dtype, shard.place.num_bytes) for shard in shards]
+        return [(shard.dtype, shard.nbytes) for shard in shards]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {key: next(iter(shards.values())).place.dtype for key, shards in self._shards.items()}
+        return {key: next(iter(shards.values())).dtype for key, shards in self._shards.items()}
 
-    def _parts(self, weight: Weight) -> list[_Shard]:
+    def _parts(self, weight: Weight) -> list[Tensor]:
         """Shards of one tensor in the order of its tensor-parallel ranks."""
         shards = self._shards[weight.key]
         axis_size = self.sizes["expert_tensor" if isinstance(weight, Expert) else "tensor"]
@@ -267,7 +242,7 @@ class LegacyCheckpoint(StepDirectory):
         parts = self._parts(weight)
         if weight.tp_dim is not None and len(parts) != size:
             return f"{len(parts)} shards, expected {size}"
-        shapes = {part.shape for part in parts}
+        shapes = {tuple(part.shape) for part in parts}
         full = list(parts[0].shape)
         if weight.tp_dim is not None:
             full[weight.tp_dim] *= size
@@ -279,15 +254,15 @@ class LegacyCheckpoint(StepDirectory):
         """The last pipeline stage of a tied model keeps a copy of the embedding."""
         for position, head in self._shards[OUTPUT_LAYER].items():
             for other, shard in self._shards[EMBEDDING].items():
-                if other.tensor == position.tensor and not same_bytes(head.read(), shard.read()):
+                if other.tensor == position.tensor and not same_bytes(head, shard):
                     raise MappingError(
                         f"{self.directory}: the model's config says tie_word_embeddings true, but {OUTPUT_LAYER} "
                         f"differs from {embedding.key}; is this the config of another model?"
                     )
 
     def read_weight(self, weight: Weight) -> Tensor:
-        """The full tensor of an entry of the mapping. Safe in several threads at once."""
-        return weight.unshard([shard.read() for shard in self._parts(weight)])
+        """The full tensor of an entry of the mapping, a view of its file where that holds all of it."""
+        return weight.unshard(self._parts(weight))
 
 
 def is_legacy(path: Path) -> bool:
@@ -300,8 +275,7 @@ def is_legacy(path: Path) -> bool:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The file's structure with tensors on the meta device."""
-    state = load_structure(file, foreign=True)
+    state = load_foreign(file)
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds {type(state).__name__}, expected a dictionary with the model's state")
     return state

@@ -21,14 +21,24 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.config import hf_config_of, read_hf_config
-from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source
-from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory, write_text
+from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source, write_hf_folder
+from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.hf_writer import HFWriter, emits_lm_head, hf_parts, hf_plan, set_config_dtype
+from megatron_bpdg.checkpoint.hf_writer import (
+    MAX_SHARD_SIZE,
+    emits_lm_head,
+    hf_parts,
+    hf_plan,
+    plan_shards,
+    set_config_dtype,
+    write_index,
+    write_shard,
+)
 from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
-from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args, write_hf_folder
+from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
+from megatron_bpdg.tracking.files import write_text
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -266,7 +276,7 @@ def save_hf(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: int = 5 * 10**9,
+    max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> None:
     """Write a live model as an HF directory. Collective over all ranks; global rank 0 writes.
@@ -287,10 +297,11 @@ def save_hf(
     _on_rank_zero(lambda: check_free(path, overwrite=overwrite))
     weights = iter_hf_weights(chunks, config, dtype, lm_head=lm_head)
     if dist.get_rank() == 0:
-        plan = hf_plan(stage.mapping, dtypes, lm_head=lm_head)
-        with staged_directory(path, overwrite=overwrite) as staging, HFWriter(staging, plan, max_shard_size) as writer:
-            for name, tensor in weights:
-                writer.add(name, tensor)
+        shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head), max_shard_size)
+        with staged_directory(path, overwrite=overwrite) as staging:
+            for shard in shards:
+                write_shard(staging, shard, weights)
+            write_index(staging, shards)
             copy_sidecars(hf_source, staging)
             set_config_dtype(staging / "config.json", dtypes[EMBEDDING])
     else:

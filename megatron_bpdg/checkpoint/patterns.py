@@ -88,7 +88,7 @@ class Weight(ABC):
 
     def megatron_to_hf(self, full: Tensor) -> dict[str, Tensor]:
         """Full Megatron tensor -> HF name to tensor; each tensor owns exactly its own storage."""
-        return {name: _owned(part) for name, part in self.split(full).items()}
+        return {name: owned(part) for name, part in self.split(full).items()}
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """The part of the full Megatron tensor that tensor-parallel rank `tp_rank` of `tp_size` holds."""
@@ -117,7 +117,7 @@ class Weight(ABC):
         return self._merge(parts)
 
 
-def _owned(tensor: Tensor) -> Tensor:
+def owned(tensor: Tensor) -> Tensor:
     """Contiguous, and no part of a larger storage: consumers may serialise whole storages."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,119 +1,18 @@
-"""Tensors straight from a byte range of a file: no memory map, so what is read is all that is held.
-
-(Pages of a mapped file count as the process's memory once touched, and a checkpoint is touched whole.)
-"""
+"""Files of `torch.save` from anywhere, without running code from them, and single tensors out of them."""
 
 from __future__ import annotations
 
 import io
-import math
-import os
 import pickle
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from megatron_bpdg.checkpoint.patterns import Shape
-
-_BLOCK_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies.
-
-    Attributes:
-        file: path of the file.
-        offset: byte at which it begins.
-        shape: of the tensor.
-        dtype: of the tensor.
-        stride: of the tensor, in elements; None: row-major.
-    """
-
-    file: Path
-    offset: int
-    shape: Shape
-    dtype: torch.dtype
-    stride: Shape | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def select(self, index: int) -> StoredTensor:
-        """Entry `index` of dimension 0."""
-        shape, stride = self.shape[1:], self.stride and self.stride[1:]
-        step = self.stride[0] if self.stride else math.prod(shape)
-        return StoredTensor(self.file, self.offset + index * step * self.dtype.itemsize, shape, self.dtype, stride)
-
-    def read(self, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
-        """The tensor, or ``[start, start + length)`` of its dimension `dim`.
-
-        Raises:
-            ValueError: where the file ends too early.
-        """
-        if self.stride is not None:
-            whole = self._read_strided()
-            return whole if dim is None else whole.narrow(dim, start, length or 0)
-        if dim is None:
-            return self._read_rows(self.offset, self.shape)
-        assert length is not None
-        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
-        inner = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize
-        if dim == 0:
-            return self._read_rows(self.offset + start * inner, shape)
-        # Columns: read whole rows, a block at a time, and keep a part of each.
-        out = torch.empty(shape, dtype=self.dtype)
-        rows, row_bytes = math.prod(self.shape[:dim]), self.shape[dim] * inner
-        flat = out.view(rows, length, -1) if out.numel() else out.view(rows, length, 0)
-        step = max(1, _BLOCK_BYTES // max(1, row_bytes))
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            block = self._read_rows(self.offset + first * row_bytes, (count, self.shape[dim], *self.shape[dim + 1 :]))
-            flat[first : first + count] = block.view(count, self.shape[dim], -1)[:, start : start + length]
-        return out
-
-    def _read_strided(self) -> Tensor:
-        assert self.stride is not None
-        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return self._read_rows(self.offset, (span,)).as_strided(self.shape, self.stride).contiguous()
-
-    def _read_rows(self, offset: int, shape: Shape) -> Tensor:
-        out = torch.empty(shape, dtype=self.dtype)
-        read_into(self.file, offset, out)
-        return out
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.detach().flatten().view(torch.uint8).numpy().data
-
-
-def read_into(file: Path, offset: int, out: Tensor) -> None:
-    """Fill a contiguous tensor from a byte range. Safe in several threads at once.
-
-    Raises:
-        ValueError: where the file ends too early.
-    """
-    if not out.numel():
-        return
-    view = as_bytes(out)
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        done = 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-            if count == 0:
-                raise ValueError(
-                    f"{file} is truncated: it ends at byte {offset + done}, {len(view) - done} are missing"
-                )
-            done += count
-    finally:
-        os.close(descriptor)
 
 
 class FileRange(io.RawIOBase):
@@ -160,50 +59,66 @@ class _Inert:
         pass
 
 
-def load_structure(file: Path, offset: int = 0, length: int | None = None, *, foreign: bool = False) -> Any:
-    """What `torch.save` wrote, with tensors on the meta device; see `stored`. Runs no code from the file.
+def load_foreign(file: Path) -> Any:
+    """What a training program saved in `file`, its tensors mapped, which costs no memory until they are read.
 
-    Args:
-        file: path.
-        offset, length: part of the file; default: all of it.
-        foreign: accept objects of any class; those other than Namespace are replaced by empty ones, never imported.
+    Objects of classes other than Namespace are replaced by empty ones; the classes are never imported.
 
     Raises:
-        ValueError: not a file of torch.save (or truncated); without `foreign`, it holds more than tensors and plain
-            values.
+        ValueError: not a file of torch.save, or truncated, or it would run code.
     """
-    length = file.stat().st_size - offset if length is None else length
-    with file.open("rb") as raw:
-        view = cast(IO[bytes], FileRange(raw, offset, length))
-        try:
-            allowed: list[Any] = []
-            if foreign:
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(view)
-                allowed = [(Namespace if name == "argparse.Namespace" else _inert(name), name) for name in names]
-                view.seek(0)
-            with torch.serialization.safe_globals(allowed):
-                return torch.load(view, map_location="meta", weights_only=True)
-        except pickle.UnpicklingError as error:
-            # torch's own text advises to run what the file says.
-            raise ValueError(f"{file} holds objects that are no tensors or plain values, or is damaged") from error
-        except (RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{file} is truncated or was not written by torch.save: {reason}") from error
+    with _errors_of(file), file.open("rb") as stream:
+        view = cast(IO[bytes], FileRange(stream, 0, file.stat().st_size))
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(view)
+        classes: list[Any] = [(Namespace if name == "argparse.Namespace" else _inert(name), name) for name in names]
+        with torch.serialization.safe_globals(classes):
+            return torch.load(file, weights_only=True, mmap=True)
+
+
+def load_piece(file: Path, offset: int, length: int) -> Any:
+    """What `torch.save` wrote to a part of a file, tensors on the meta device; see `read_stored`.
+
+    Raises:
+        ValueError: nothing of torch.save (or truncated), or more than tensors and plain values.
+    """
+    with _errors_of(file), file.open("rb") as stream:
+        view = cast(IO[bytes], FileRange(stream, offset, length))
+        return torch.load(view, map_location="meta", weights_only=True)
+
+
+@contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to run what the file says.
+        raise ValueError(f"{file} holds objects that are no tensors or plain values, or is damaged") from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} is truncated or was not written by torch.save: {reason}") from error
 
 
 def _inert(name: str) -> type[_Inert]:
     return type(name.rpartition(".")[2], (_Inert,), {})
 
 
-def stored(tensor: Tensor, file: Path, offset: int = 0) -> StoredTensor:
-    """Where the bytes of a tensor from `load_structure` are.
+def read_stored(tensor: Tensor, file: Path, offset: int) -> Tensor:
+    """The values of a tensor from `load_piece`, or of a view of one: no more is read than that.
+
+    Args:
+        tensor: on the meta device.
+        file, offset: what `load_piece` was given.
 
     Raises:
-        ValueError: for a tensor that is not from there.
+        ValueError: for a tensor that is not from there, or where the file ends too early.
     """
     start = tensor.untyped_storage()._checkpoint_offset
     if start is None:
         raise ValueError(f"{file}: the place of a tensor of shape {tuple(tensor.shape)} cannot be told")
-    begin = start + int(tensor.storage_offset()) * tensor.element_size()
-    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return StoredTensor(file, offset + begin, tuple(tensor.shape), tensor.dtype, stride)
+    begin = offset + start + int(tensor.storage_offset()) * tensor.element_size()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    count = tensor.element_size() * (1 + sum((size - 1) * step for size, step in steps) if tensor.numel() else 0)
+    data = np.fromfile(file, np.uint8, count, offset=begin)
+    if len(data) < count:
+        raise ValueError(f"{file} is truncated: {count - len(data)} bytes are missing after byte {begin + len(data)}")
+    return torch.from_numpy(data).view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,3 +139,17 @@ def _common_dtype(weight: Weight, dtypes: Mapping[str, torch.dtype], mixed: bool
         listing = ", ".join(f"{name} {dtype}" for name, dtype in found.items())
         raise MappingError(f"{weight.key} is made of tensors of different dtypes (cast with --dtype): {listing}")
     return found[weight.hf_names[0]]
+
+
+def iter_checkpoint(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Stream (HF name, full tensor), one layer's tensor in memory at a time; needs neither Megatron nor ranks.
+
+    A tied model's repeated head is left out. A tensor may share its memory with others of the same layer.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint, or it lacks its hf folder.
+        MappingError: tensors are missing, unknown or misshapen.
+    """
+    model = open_source(path, mixed=True)
+    for weight in model.mapping.weights:
+        yield from model.parts(weight, Cast()).items()

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory, checkpoints_of
 from megatron_bpdg.checkpoint.mapping import ModelMapping
 from megatron_bpdg.checkpoint.patterns import Shape, Weight
-from megatron_bpdg.checkpoint.raw import load_structure, stored
+from megatron_bpdg.checkpoint.raw import load_piece, read_stored
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = "decoder.layers."
@@ -125,13 +125,10 @@ class _Piece:
 
     def read(self) -> Tensor:
         file, offset, length = self.place
-        tensor = load_structure(file, offset, length)
+        tensor = load_piece(file, offset, length)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.saved:
             raise ValueError(f"{file}: the piece at byte {offset} is not the tensor {self.saved} of the metadata")
-        piece = stored(tensor, file, offset)
-        for index in self.index:
-            piece = piece.select(index)
-        return piece.read()
+        return read_stored(tensor[self.index], file, offset)
 
 
 @dataclass
@@ -305,5 +302,6 @@ def _read_metadata(file: Path) -> Metadata:
 
 
 def is_torch_dist(path: Path) -> bool:
-    """Whether `path` is DIR of the module docstring or one step's directory (a broken one included)."""
+    """Whether `path` is DIR of the module docstring, the directory of its run, or a step's (a broken one included)."""
+    path = checkpoints_of(path)
     return (path / TRACKER_FILE).is_file() or (path / METADATA_FILE).is_file()

@@ -6,32 +6,46 @@ import io
 import itertools
 import json
 import math
-import pickle
+import os
+import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-    TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from megatron_bpdg.checkpoint.directory import HF_FOLDER, METADATA_FILE, RELEASE, SOURCE_FILE, TRACKER_FILE, Source
-from megatron_bpdg.checkpoint.files import copy_sidecars, fsync_path, write_text
+from megatron_bpdg.checkpoint.directory import RELEASE, TRACKER_FILE
+from megatron_bpdg.checkpoint.files import in_files
 from megatron_bpdg.checkpoint.mapping import FAMILIES, MappingError, ModelMapping, moe_layers
-from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
+from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.torch_dist import stacked_key
+from megatron_bpdg.checkpoint.transfer import Transfer
+from megatron_bpdg.tracking.files import fsync_path, write_text
 
 MAX_FILE_SIZE = 2 * 10**9
 # Modules to which Megatron-Core may attach an (empty, outside FP8) extra state that its strict loaders ask for.
@@ -46,49 +60,154 @@ _DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
-@dataclass(frozen=True)
-class DistFile:
-    """A data file that is going to be written.
-
-    Attributes:
-        name: its path in the step's directory.
-        weights: what it holds.
-        extra_states: keys of empty extra states.
-    """
-
-    name: str
-    weights: tuple[Weight, ...]
-    extra_states: tuple[str, ...] = ()
-
-
-def plan_dist_files(
-    mapping: ModelMapping, dtypes: Mapping[str, torch.dtype], max_file_size: int = MAX_FILE_SIZE
-) -> list[DistFile]:
-    """Spread the weights, in order, over files of at most `max_file_size` bytes; a larger one has its own.
+def write_torch_dist(
+    step: Path,
+    mapping: ModelMapping,
+    dtypes: Mapping[str, torch.dtype],
+    read: Callable[[Weight], Tensor],
+    cost: Callable[[Weight], int],
+    transfer: Transfer,
+    *,
+    max_file_size: int = MAX_FILE_SIZE,
+    ranks: Ranks | None = None,
+) -> None:
+    """Write all tensors of a model with torch.distributed.checkpoint; collective over the ranks, which share them.
 
     Args:
+        step: the step's directory.
         mapping: the model's weights.
-        dtypes: canonical key -> dtype.
-        max_file_size: bytes.
+        dtypes: canonical key -> dtype, which `check_stacked_dtypes` let pass.
+        read: one full Megatron tensor; called in several threads, just before it is written.
+        cost: bytes held while a tensor is read and written.
+        transfer: threads and memory of this rank.
+        max_file_size: bytes of tensors per data file; a larger tensor has a file of its own.
+        ranks: processes that share the work, those of the default process group; None: this one.
 
     Raises:
-        MappingError: where the layers or experts of one stacked tensor have different dtypes.
-        ValueError: a `max_file_size` below 1.
+        MappingError: a tensor is not as planned.
+        RuntimeError: another rank failed.
+        Others: what `read` raises.
     """
-    if max_file_size < 1:
-        raise ValueError(f"max_file_size {max_file_size} must be at least 1 byte")
-    _check_stacked_dtypes(mapping, dtypes)
-    groups: list[list[Weight]] = [[]]
-    size = 0
-    for weight in mapping.weights:
-        num_bytes = weight_bytes(weight, dtypes[weight.key])
-        if groups[-1] and size + num_bytes > max_file_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(weight)
-        size += num_bytes
-    files = [DistFile(f"__0_{number}.distcp", tuple(group)) for number, group in enumerate(groups)]
-    return [*files[:-1], replace(files[-1], extra_states=tuple(_extra_state_keys(mapping)))]
+    ranks = ranks or Ranks()
+    planner = _StreamingPlanner(mapping, dtypes, read, cost, ranks)
+    with _without_crc32(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            writer = _BoundedWriter(step, transfer, max_file_size)
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=ranks.size == 1)
+        except CheckpointException as caught:  # no Exception, and it hides what happened
+            errors = {rank: error for rank, (error, _) in caught.failures.items()}
+            rank = ranks.rank if ranks.rank in errors else min(errors)
+            if rank == ranks.rank:
+                raise errors[rank] from None
+            raise RuntimeError(f"rank {rank} of the conversion failed: {errors[rank]}") from errors[rank]
+
+
+class _StreamingPlanner(SavePlanner):
+    """Plans from the mapping alone, and makes a tensor only when it is to be written."""
+
+    def __init__(
+        self,
+        mapping: ModelMapping,
+        dtypes: Mapping[str, torch.dtype],
+        read: Callable[[Weight], Tensor],
+        cost: Callable[[Weight], int],
+        ranks: Ranks,
+    ) -> None:
+        self._mapping, self._dtypes, self._read, self._cost, self._ranks = mapping, dtypes, read, cost, ranks
+        self._weights: dict[MetadataIndex, Weight] = {}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass  # there is no state dict
+
+    def create_local_plan(self) -> SavePlan:
+        """This rank's share of the tensors: pieces of the stacked ones, each of one layer, and of one expert."""
+        sizes = _leading_sizes(self._mapping)
+        items = []
+        for weight in self._mapping.weights[self._ranks.rank :: self._ranks.size]:
+            where = stacked_key(weight.key, layers=self._mapping.homogeneous)
+            shape = weight.megatron_shape
+            offsets = torch.Size((*where.index, *(0 for _ in shape)))
+            chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in where.index), *shape)))
+            index = MetadataIndex(where.key, offsets)
+            data = TensorWriteData(
+                chunk, TensorProperties(dtype=self._dtypes[weight.key]), torch.Size((*sizes[where.key], *shape))
+            )
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+            self._weights[index] = weight
+        if self._ranks.first:
+            keys = _extra_state_keys(self._mapping)
+            items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in keys]
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def size_and_cost(self, item: WriteItem) -> tuple[int, int]:
+        """Bytes of what `resolve_data` makes, and bytes held meanwhile."""
+        if item.type == WriteItemType.BYTE_IO:
+            return 0, 0
+        weight = self._weights[item.index]
+        return weight_bytes(weight, self._dtypes[weight.key]), self._cost(weight)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            torch.save([None], empty := io.BytesIO())
+            return empty
+        weight = self._weights[write_item.index]
+        tensor = self._read(weight)
+        if tuple(tensor.shape) != weight.megatron_shape or tensor.dtype != self._dtypes[weight.key]:
+            raise MappingError(
+                f"{weight.key}: read {tuple(tensor.shape)} {tensor.dtype}, planned {weight.megatron_shape} "
+                f"{self._dtypes[weight.key]}"
+            )
+        assert write_item.tensor_data is not None
+        return owned(tensor).view(write_item.tensor_data.chunk.sizes)
+
+
+class _BoundedWriter(dcp.FileSystemWriter):
+    """Files of bounded size, several at once, in bounded memory.
+
+    torch's own loop over a file keeps its tensors until the file is complete, and loses the errors of its threads.
+    """
+
+    def __init__(self, path: Path, transfer: Transfer, max_file_size: int) -> None:
+        super().__init__(path)
+        self._directory, self._transfer, self._max_file_size = path, transfer, max_file_size
+
+    def storage_meta(self) -> StorageMeta:
+        # Not the place where it is being built, which nobody will find.
+        return StorageMeta(self._directory.name)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, _StreamingPlanner)
+        files = in_files(plan.items, [planner.size_and_cost(item)[0] for item in plan.items], self._max_file_size)
+        names = (f"{plan.storage_data.prefix}{number}.distcp" for number in itertools.count())
+        jobs = [partial(self._write_file, name, items, planner) for name, items in zip(names, files, strict=False)]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([result for results in self._transfer.run(jobs) for result in results])
+        return done
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: _StreamingPlanner) -> list[WriteResult]:
+        results = []
+        with (self._directory / name).open("wb") as stream:
+            for item in items:
+                start = stream.tell()
+                with self._transfer.tensor(*planner.size_and_cost(item)):
+                    data = planner.resolve_data(item)
+                    if isinstance(data, Tensor):
+                        torch.save(data, stream)
+                    else:
+                        stream.write(data.getbuffer())
+                    del data
+                length = stream.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return results
 
 
 def weight_bytes(weight: Weight, dtype: torch.dtype) -> int:
@@ -117,7 +236,7 @@ def _extra_state_keys(mapping: ModelMapping) -> Iterator[str]:
 
 
 @contextmanager
-def without_crc32() -> Iterator[None]:
+def _without_crc32() -> Iterator[None]:
     """Let `torch.save` leave out the archive's own checksums, which nothing reads back and which take most of the time.
 
     The option is the process's.
@@ -128,72 +247,6 @@ def without_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def write_dist_file(
-    file: DistFile, mapping: ModelMapping, stream: IO[bytes], weights: Iterable[tuple[Weight, Tensor]]
-) -> dict[str, Any]:
-    """Append the tensors of one file to `stream`; returns what `write_dist_metadata` needs to know of it."""
-    places: dict[str, tuple[int, int]] = {}
-    for weight, tensor in weights:
-        if tuple(tensor.shape) != weight.megatron_shape:
-            raise MappingError(f"{weight.key}: read {tuple(tensor.shape)}, planned {weight.megatron_shape}")
-        start = stream.tell()
-        leading = (1,) * len(stacked_key(weight.key, layers=mapping.homogeneous).index)
-        torch.save(tensor.contiguous().view(*leading, *tensor.shape), stream)
-        del tensor  # before the next one is asked for
-        places[weight.key] = (start, stream.tell() - start)
-    for key in file.extra_states:
-        start = stream.tell()
-        empty = io.BytesIO()
-        torch.save([None], empty)
-        stream.write(empty.getbuffer())
-        places[key] = (start, stream.tell() - start)
-    return {"places": places}
-
-
-def write_dist_metadata(
-    release: Path,
-    mapping: ModelMapping,
-    dtypes: Mapping[str, torch.dtype],
-    records: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write the metadata that makes the data files one checkpoint of torch.distributed.checkpoint.
-
-    Args:
-        release: the step's directory.
-        mapping: the model's weights.
-        dtypes: canonical key -> dtype.
-        records: file name -> what `write_dist_file` returned.
-    """
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    places = {
-        key: _StorageInfo(name, start, length)
-        for name, record in records.items()
-        for key, (start, length) in record["places"].items()
-    }
-    sizes = _leading_sizes(mapping)
-    for weight in mapping.weights:
-        where = stacked_key(weight.key, layers=mapping.homogeneous)
-        shape = weight.megatron_shape
-        offsets = torch.Size((*where.index, *(0 for _ in shape)))
-        entry = tensors.setdefault(
-            where.key,
-            TensorStorageMetadata(
-                TensorProperties(dtype=dtypes[weight.key]), torch.Size((*sizes[where.key], *shape)), []
-            ),
-        )
-        assert isinstance(entry, TensorStorageMetadata)
-        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in where.index), *shape))))
-        storage[MetadataIndex(where.key, offsets)] = places.pop(weight.key)
-    for key, place in places.items():
-        tensors[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = place
-    metadata = Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(release.name))
-    with (release / METADATA_FILE).open("wb") as stream:
-        pickle.dump(metadata, stream)
-    fsync_path(release / METADATA_FILE)
 
 
 def _leading_sizes(mapping: ModelMapping) -> dict[str, Shape]:
@@ -221,7 +274,8 @@ def write_dist_common(directory: Path, config: Mapping[str, Any]) -> None:
     write_text(directory / TRACKER_FILE, RELEASE)
 
 
-def _check_stacked_dtypes(mapping: ModelMapping, dtypes: Mapping[str, torch.dtype]) -> None:
+def check_stacked_dtypes(mapping: ModelMapping, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise MappingError where the layers or experts of one stacked tensor have different dtypes."""
     seen: dict[str, torch.dtype] = {}
     mixed = []
     for weight in mapping.weights:
@@ -305,10 +359,3 @@ def _moe_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": 1,
     }
-
-
-def write_hf_folder(directory: Path, source_model: Path, source: Source) -> None:
-    """Make DIR/hf: config and tokenizer files from `source_model`, and what `Source` keeps."""
-    folder = directory / HF_FOLDER
-    copy_sidecars(source_model, folder)
-    write_text(folder / SOURCE_FILE, json.dumps(asdict(source), indent=2) + "\n")

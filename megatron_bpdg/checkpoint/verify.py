@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.source import open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import weight_bytes
-from megatron_bpdg.checkpoint.transfer import Budget
+from megatron_bpdg.checkpoint.transfer import Transfer
 
 
 def compare_hf(a: str | Path, b: str | Path) -> list[str]:
@@ -83,22 +83,15 @@ def verify_conversion(
     differences += [f"{name}: only in {target}" for name in names[1] if name not in names[0]]
     if left.mapping.by_key.keys() != right.mapping.by_key.keys():
         return differences
-    budget, cast = Budget(memory), Cast(dtype)
+    transfer, cast = Transfer(workers, memory), Cast(dtype)
 
     def compare(weight: Weight) -> list[str]:
-        cost = 3 * weight_bytes(weight, left.dtypes[weight.key])
-        budget.acquire(cost, wait=True)
-        try:
+        size = weight_bytes(weight, left.dtypes[weight.key])
+        with transfer.tensor(size, 3 * size):
             ours, theirs = left.parts(weight, cast), right.parts(right.mapping.by_key[weight.key], Cast())
             pairs = {name: _difference(ours[name], theirs[name]) for name in weight.hf_names}
             return [f"{name}: {difference}" for name, difference in pairs.items() if difference]
-        finally:
-            budget.release(cost)
 
-    def mine() -> list[str]:
-        with ThreadPoolExecutor(workers) as pool:
-            share = left.mapping.weights[ranks.rank :: ranks.size]
-            return [line for lines in pool.map(compare, share) for line in lines]
-
-    shares = ranks.gather(ranks.each(mine))
-    return differences + [line for lines in shares for line in lines]
+    share = left.mapping.weights[ranks.rank :: ranks.size]
+    mine = ranks.each(lambda: transfer.run(partial(compare, weight) for weight in share))
+    return differences + [line for lists in ranks.gather(mine) for lines in lists for line in lines]

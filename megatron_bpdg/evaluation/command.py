@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.hf import read_hf_config
-from megatron_bpdg.checkpoint.stream import iter_checkpoint
+from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.schema import Layout, Sampling
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems, special_ids
@@ -43,7 +44,7 @@ def evaluate_checkpoint(
     """
     if too_large := [value for value in k if not 1 <= value <= samples]:
         raise ValueError(f"--k {too_large}: must lie in 1..{samples} (--samples)")
-    folder = checkpoint / "hf" if (checkpoint / "hf" / "config.json").is_file() else checkpoint
+    folder = hf_folder(checkpoint)
     config = read_hf_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     grader = get_grader(grader_name)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import RunConfig
@@ -74,8 +75,7 @@ def teacher_source(cfg: TeacherConfig) -> Path:
             )
         return served
     if readable:
-        folder = cfg.checkpoint / "hf" if (cfg.checkpoint / "hf").is_dir() else cfg.checkpoint
-        ours, theirs = (Qwen3Shape.from_hf(read_hf_config(path)) for path in (folder, served))
+        ours, theirs = (Qwen3Shape.from_hf(read_hf_config(hf_folder(path))) for path in (cfg.checkpoint, served))
         if ours != theirs:
             raise ValueError(
                 f"teacher.checkpoint: {cfg.checkpoint} is a model of another shape than {served}, which "

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
@@ -70,7 +71,7 @@ def build_run(cfg: RunConfig) -> Run:
         on_failure.callback(run.close)
         needs = run.updater.objective.needs
         source = teacher_source(cfg.teacher)
-        teacher_folder = hf_folder(source, "teacher.checkpoint")
+        teacher_folder = _folder(source, "teacher.checkpoint")
         teacher_shape = run.teacher_shape = Qwen3Shape.from_hf(read_hf_config(teacher_folder))
         _check_same_vocabulary(run, teacher_shape, teacher_folder)
         if needs.top_k > teacher_shape.vocab_size:
@@ -112,7 +113,7 @@ def build_supervised(cfg: RunConfig) -> tuple[Run, list[Trajectory]]:
 def _build_student(cfg: RunConfig, total_updates: int) -> Run:
     fusion = fuses_gradient_accumulation(cfg.training, default_device())
     source = cfg.student.checkpoint or _fresh_checkpoint(cfg)
-    folder = hf_folder(source, "student.checkpoint")
+    folder = _folder(source, "student.checkpoint")
     hf_config = read_hf_config(folder)
     shape = Qwen3Shape.from_hf(hf_config)
     dtype = DTYPES[cfg.student.dtype]
@@ -225,18 +226,12 @@ def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None =
     )
 
 
-def hf_folder(checkpoint: Path, field_name: str) -> Path:
-    """Where a checkpoint's config.json and tokenizer lie: in it (HF) or in its ``hf`` folder (ours).
-
-    Raises:
-        ValueError: naming the config field.
-    """
-    for folder in (checkpoint, checkpoint / "hf"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(
-        f"{field_name}: {checkpoint} has neither config.json (an HF checkpoint) nor hf/config.json (a bpdg checkpoint)"
-    )
+def _folder(checkpoint: Path, field_name: str) -> Path:
+    """`hf_folder`, naming the config field where there is none."""
+    try:
+        return hf_folder(checkpoint)
+    except FileNotFoundError as error:
+        raise ValueError(f"{field_name}: {error}") from error
 
 
 def _rooms(cfg: RunConfig, role: str, shape: Qwen3Shape) -> dict[str, int]:

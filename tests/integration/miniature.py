@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
-from megatron_bpdg.checkpoint.stream import iter_checkpoint
+from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config import RunConfig, load_config
 from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, make_arithmetic
 from megatron_bpdg.models.hf_config import write_qwen3_config

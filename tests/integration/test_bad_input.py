@@ -105,7 +105,7 @@ def test_a_directory_that_is_no_checkpoint(config: Path, refused: Refuse, tmp_pa
     for role in ("student", "teacher"):
         message = refused("train", config, f"{role}.checkpoint={tmp_path}/empty")
         assert f"{role}.checkpoint: {tmp_path}/empty has neither config.json" in message
-    assert "config.json not found" in refused("eval", tmp_path / "empty", "--data", tmp_path / "x.jsonl")
+    assert "empty has neither config.json" in refused("eval", tmp_path / "empty", "--data", tmp_path / "x.jsonl")
 
 
 def test_a_checkpoint_without_weights(config: Path, refused: Refuse, miniature: Miniature, tmp_path: Path) -> None:

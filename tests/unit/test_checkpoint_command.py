@@ -49,13 +49,16 @@ def test_verify_finds_what_a_broken_conversion_did(tmp_path: Path, monkeypatch: 
     """Two columns of every written projection change places."""
     from megatron_bpdg.checkpoint import convert
 
-    write = convert.write_dist_file
+    write = convert.write_torch_dist
 
-    def broken(file: Any, mapping: Any, stream: Any, weights: Any) -> dict[str, Any]:
-        swapped = ((w, t.roll(1, -1) if w.key.endswith("linear_proj.weight") else t) for w, t in weights)
-        return write(file, mapping, stream, swapped)
+    def broken(step: Path, mapping: Any, dtypes: Any, read: Any, *args: Any, **kwargs: Any) -> None:
+        def swapped(weight: Any) -> torch.Tensor:
+            tensor = read(weight)
+            return tensor.roll(1, -1) if weight.key.endswith("linear_proj.weight") else tensor
 
-    monkeypatch.setattr(convert, "write_dist_file", broken)
+        write(step, mapping, dtypes, swapped, *args, **kwargs)
+
+    monkeypatch.setattr(convert, "write_torch_dist", broken)
     hf = save_tiny(tmp_path / "hf", tied=False, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"(?s)not exact:\n  model\.layers\.0\.self_attn\.o_proj\.weight: .*layers\.1"):
         bpdg("convert", hf, tmp_path / "megatron", "--verify")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_bpdg.checkpoint.hf import INDEX_FILE, HFCheckpoint
-from megatron_bpdg.checkpoint.hf_writer import HFWriter, TensorPlan
+from megatron_bpdg.checkpoint.hf_writer import TensorPlan, plan_shards, write_index, write_shard
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
 from tests.checkpoint_fixtures import save_tiny_qwen3
 
@@ -79,21 +79,27 @@ def test_broken_directories(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ([], "does not describe tensors"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, "does not describe tensors"),
-        ({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}, "does not describe tensors"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, r"a \(2,\) F32 has 4 bytes, not 8"),
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}}, "truncated"),
+        ([], "invalid JSON in header"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "missing field `data_offsets`"),
+        ({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}, "expected a sequence"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "invalid shape, data type, or offset"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99]}}, "invalid shape, data type, or offset"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "invalid offset for tensor `a`"),
+        (
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},  # one upon the other
+            "invalid offset for tensor",
+        ),
+        ({}, "file not fully covered"),
     ],
 )
 def test_broken_headers(model: Path, header: Any, message: str) -> None:
     text = json.dumps(header).encode()
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"model.safetensors is truncated, damaged or not a.*{message}"):
         HFCheckpoint(model)
 
 
-def test_writer_shards_align_and_accept_any_order(tmp_path: Path) -> None:
+def test_writer_spreads_and_aligns(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3).bfloat16(),  # 6 bytes: what follows must be aligned all the same
         "b": torch.randn(2, 2),
@@ -101,9 +107,13 @@ def test_writer_shards_align_and_accept_any_order(tmp_path: Path) -> None:
         "empty": torch.randn(0, 4),
     }
     plan = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    with HFWriter(tmp_path, plan, max_shard_size=25) as writer:
-        for name in reversed(tensors):
-            writer.add(name, tensors[name])
+    shards = plan_shards(plan, max_shard_size=25)
+    stream = iter(tensors.items())
+    for shard in shards:
+        write_shard(tmp_path, shard, stream)
+        _, offsets = shard.layout()
+        assert all(offsets[tensor.name] % tensor.dtype.itemsize == 0 for tensor in shard.tensors)
+    write_index(tmp_path, shards)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 32
     assert index["weight_map"] == {
@@ -119,21 +129,16 @@ def test_writer_shards_align_and_accept_any_order(tmp_path: Path) -> None:
 
 
 def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
-    plan = [TensorPlan("a", (2,), torch.float32), TensorPlan("b", (2,), torch.float32)]
-    with HFWriter(tmp_path, plan) as writer:
-        writer.add("a", torch.zeros(2))
-        with pytest.raises(MappingError, match="a is written twice"):
-            writer.add("a", torch.zeros(2))
-        with pytest.raises(MappingError, match="c is not in the plan"):
-            writer.add("c", torch.zeros(2))
-        with pytest.raises(MappingError, match=r"b: \(2,\) torch.float16, planned \(2,\) torch.float32"):
-            writer.add("b", torch.zeros(2).half())
-        writer.add("b", torch.zeros(2))
-    incomplete = HFWriter(tmp_path, plan)
-    incomplete.__enter__().add("a", torch.zeros(2))
-    with pytest.raises(MappingError, match="never written: b"):
-        incomplete.__exit__(None, None, None)
+    (shard,) = plan_shards([TensorPlan("a", (2,), torch.float32), TensorPlan("b", (2,), torch.float32)])
+    good = ("a", torch.zeros(2))
+    for second in (("a", torch.zeros(2)), ("c", torch.zeros(2)), ("b", torch.zeros(2).half()), ("b", torch.zeros(3))):
+        with pytest.raises(MappingError, match=rf"'{second[0]}'.* came in place of .*'b', shape=\(2,\), dtype=.*32"):
+            write_shard(tmp_path, shard, iter([good, second]))
+    with pytest.raises(MappingError, match=r"nothing came in place of .*'b'"):
+        write_shard(tmp_path, shard, iter([good]))
     with pytest.raises(ValueError, match="a is planned twice"):
-        HFWriter(tmp_path, [plan[0], plan[0]])
+        plan_shards([shard.tensors[0], shard.tensors[0]])
     with pytest.raises(ValueError, match=r"dtype torch\.int64 cannot be written"):
-        HFWriter(tmp_path, [TensorPlan("a", (2,), torch.int64)])
+        plan_shards([TensorPlan("a", (2,), torch.int64)])
+    with pytest.raises(ValueError, match="max_file_size 0 must be at least 1 byte"):
+        plan_shards(shard.tensors, 0)

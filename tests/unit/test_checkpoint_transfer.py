@@ -1,9 +1,8 @@
-"""Streaming in bounded memory, continuing after an interruption, and never leaving a half-written target."""
+"""Streaming in bounded memory, in several threads, and never leaving a half-written target."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import torch
 
 from megatron_bpdg.checkpoint import convert, files
 from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.files import partial_path
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.partial import partial_path
-from megatron_bpdg.checkpoint.patterns import Replicated, Weight
 from megatron_bpdg.checkpoint.ranks import Ranks
-from megatron_bpdg.checkpoint.transfer import Budget, ChecksumStream, OutputFile, is_complete, transfer
-from megatron_bpdg.checkpoint.verify import compare_hf, verify_conversion
+from megatron_bpdg.checkpoint.transfer import Budget, Transfer
+from megatron_bpdg.checkpoint.verify import verify_conversion
 from tests.checkpoint_fixtures import save_tiny
 
 # Small files: several of them for a tiny model.
@@ -36,177 +35,144 @@ def hf(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "hf", tied=False, num_hidden_layers=2)
 
 
-def weights(count: int) -> list[Weight]:
-    return [Replicated(f"w{i}", (f"w{i}",), ((4,),)) for i in range(count)]
-
-
-def write_all(stream: ChecksumStream, given: Any) -> dict[str, Any]:
-    for _, tensor in given:
-        stream.write(tensor.numpy().data)
-    return {}
-
-
-def test_memory_under_way_stays_in_its_bounds(tmp_path: Path) -> None:
-    """Reads are counted from their start to the write that follows; the slow writer lets them pile up."""
+def test_memory_under_way_stays_in_its_bounds() -> None:
+    """Held from the start of a read to the end of its write; slow writes let them pile up."""
     lock, held, most = threading.Lock(), [0], [0]
-
-    def make(weight: Weight) -> torch.Tensor:
-        with lock:
-            held[0] += 10
-            most[0] = max(most[0], held[0])
-        return torch.full((4,), float(weight.key[1:]))
-
-    def write(stream: ChecksumStream, given: Any) -> dict[str, Any]:
-        for _, tensor in given:
-            time.sleep(0.001)
-            stream.write(tensor.numpy().data)
-            with lock:
-                held[0] -= 10
-        return {}
-
-    (tmp_path / ".done").mkdir()
-    outputs = [OutputFile(f"f{i}", 16 * 20, [(w, 10) for w in weights(20)], write) for i in range(6)]
     told: list[int] = []
-    transfer(outputs, tmp_path, make, workers=3, memory=45, advance=told.append)
-    assert 20 <= most[0] <= 40 + 10, "read ahead, but not past the bound (a written tensor is counted a moment longer)"
+    transfer = Transfer(workers=6, memory=45, advance=told.append)
+
+    def job(number: int) -> int:
+        for _ in range(20):
+            with transfer.tensor(16, 10):
+                with lock:
+                    held[0] += 10
+                    most[0] = max(most[0], held[0])
+                time.sleep(0.001)
+                with lock:
+                    held[0] -= 10
+        return number
+
+    assert transfer.run(partial(job, number) for number in range(6)) == list(range(6))
+    assert 20 <= most[0] <= 40, "several at once, but not past the bound"
     assert sum(told) == 6 * 20 * 16
-    for output in outputs:
-        assert (
-            torch.frombuffer(bytearray((tmp_path / output.name).read_bytes()), dtype=torch.float32).view(20, 4)[7, 0]
-            == 7.0
-        )
 
 
 def test_a_tensor_above_the_bound_goes_alone() -> None:
-    budget = Budget(10)
-    assert budget.acquire(4, wait=False)
-    assert not budget.acquire(100, wait=False)
-    budget.release(4)
-    assert budget.acquire(100, wait=False)
-    assert not budget.acquire(1, wait=False)
-    budget.release(100)
-    assert budget.acquire(10, wait=False)
+    budget, alone, order = Budget(10), threading.Event(), []
 
+    def large() -> None:
+        with budget.hold(100):
+            order.append("large")
+            alone.wait(10)
+            order.append("large done")
 
-def test_a_failure_stops_the_other_files(tmp_path: Path) -> None:
-    def make(weight: Weight) -> torch.Tensor:
-        if weight.key == "w3":
-            raise OSError("bad sector")
+    def small() -> None:
+        with budget.hold(1):
+            order.append("small")
+
+    threads = [threading.Thread(target=large), threading.Thread(target=small)]
+    with budget.hold(4):
+        threads[0].start()
+        time.sleep(0.05)
+        order.append("first done")
+    while "large" not in order:
         time.sleep(0.001)
-        return torch.zeros(4)
+    threads[1].start()
+    time.sleep(0.05)
+    alone.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first done", "large", "large done", "small"]
+    with budget.hold(10):
+        pass
 
-    (tmp_path / ".done").mkdir()
-    outputs = [OutputFile("short", 16, [(weights(4)[3], 1)], write_all)]
-    outputs += [OutputFile(f"long{i}", 16, [(w, 1) for w in weights(3) * 500], write_all) for i in range(4)]
+
+def test_a_failure_stops_the_other_threads() -> None:
+    transfer = Transfer(workers=2, memory=100)
+    done: list[str] = []
+
+    def fails() -> None:
+        raise OSError("bad sector")
+
+    def long(name: str) -> None:
+        for _ in range(1500):
+            with transfer.tensor(1, 1):
+                time.sleep(0.001)
+        done.append(name)
+
     with pytest.raises(OSError, match="bad sector"):
-        transfer(outputs, tmp_path, make, workers=2, memory=100, advance=lambda n: None)
-    assert not is_complete(tmp_path, "short")
-    assert not (tmp_path / "long3").exists()
+        transfer.run([fails, *(partial(long, f"long{i}") for i in range(4))])
+    assert done == []
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    """Make reading `name` fail; returns the names read."""
-    read, names = HFCheckpoint.read, []
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    """Make reading `name` fail."""
+    read = HFCheckpoint.read
 
     def failing(self: HFCheckpoint, asked: str, *args: Any) -> torch.Tensor:
         if asked == name:
-            raise OSError("the disk fell out")
-        names.append(asked)
+            raise error
         return read(self, asked, *args)
 
     monkeypatch.setattr(HFCheckpoint, "read", failing)
-    return names
 
 
-def test_an_interrupted_conversion_continues(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("the disk fell out"), KeyboardInterrupt("Ctrl-C")], ids=repr)
+def test_an_interrupted_conversion_leaves_nothing_and_starts_again(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     target = tmp_path / "megatron"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, "model.layers.1.mlp.down_proj.weight")
-        with pytest.raises(OSError, match="the disk fell out"):
+        fail_at(patch, "model.layers.1.mlp.down_proj.weight", error)
+        with pytest.raises(type(error), match=str(error)):
             hf_to_megatron(hf, target, options=SMALL)
-    assert not target.exists()
-    done = sorted(file.name for file in partial_path(target).glob("release/*.distcp"))
-    assert len(done) >= 3
-    stamps = {name: (partial_path(target) / "release" / name).stat().st_mtime_ns for name in done}
-    # One of the files was damaged meanwhile: it is written again, the others are kept.
-    damaged = partial_path(target) / "release" / done[1]
-    with damaged.open("r+b") as stream:
-        stream.seek(700)
-        stream.write(b"\xff\xff\xff")
-    with monkeypatch.context() as patch:
-        read_again = interrupt_after(patch, "")
-        hf_to_megatron(hf, target, options=SMALL)
-    assert "model.embed_tokens.weight" not in read_again
-    assert not partial_path(target).exists()
-    assert not list(target.rglob("*.part"))
-    assert not (target / ".done").exists()
-    for name in done:
-        unchanged = (target / "release" / name).stat().st_mtime_ns == stamps[name]
-        assert unchanged == (name != done[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    hf_to_megatron(hf, target, options=SMALL)
     assert verify_conversion(hf, target) == []
 
 
-def test_the_other_direction_continues_too(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_bpdg.checkpoint import convert
-
+def test_the_other_direction_leaves_nothing_either(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     megatron = hf_to_megatron(hf, tmp_path / "megatron")
-    write = convert.write_shard
-    count = [0]
+    write, calls = convert.write_shard, []
 
-    def failing(*args: Any) -> dict[str, Any]:
-        count[0] += 1
-        if count[0] == 4:
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:
             raise OSError("no space left on device")
-        return write(*args)
+        write(*args)
 
-    monkeypatch.setattr(convert, "write_shard", failing)
-    with pytest.raises(OSError, match="no space left"):
-        megatron_to_hf(megatron, tmp_path / "back", options=SMALL)
-    kept = list(partial_path(tmp_path / "back").glob("*.safetensors"))
-    assert kept
-    with pytest.raises(FileNotFoundError):
-        HFCheckpoint(partial_path(tmp_path / "back"))
-    before = count[0]
-    back = megatron_to_hf(megatron, tmp_path / "back", options=SMALL)
-    assert count[0] - before == len(list(back.glob("*.safetensors"))) - len(kept)
-    assert compare_hf(hf, back) == []
-
-
-def test_a_file_damaged_meanwhile_is_written_again(tmp_path: Path) -> None:
-    (tmp_path / ".done").mkdir()
-    output = OutputFile("f", 16, [(weights(1)[0], 10)], write_all)
-    transfer([output], tmp_path, lambda weight: torch.ones(4), workers=1, memory=100, advance=lambda n: None)
-    assert is_complete(tmp_path, "f")
-    content = bytearray((tmp_path / "f").read_bytes())
-    content[5] ^= 1
-    (tmp_path / "f").write_bytes(content)
-    assert not is_complete(tmp_path, "f")
-    (tmp_path / "f").write_bytes(content[:-1])
-    assert not is_complete(tmp_path, "f")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_shard", failing)
+        with pytest.raises(OSError, match="no space left"):
+            megatron_to_hf(megatron, tmp_path / "back", options=SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+    megatron_to_hf(megatron, tmp_path / "back", options=SMALL)
+    assert verify_conversion(megatron, tmp_path / "back") == []
 
 
 def test_everything_is_flushed_before_it_gets_its_name(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name on disk without its content would look like a checkpoint after a power failure."""
-    flushed: set[str] = set()
+    flushed: set[int] = set()
     fsync, rename = os.fsync, Path.rename
     renamed = []
 
     def recording_fsync(descriptor: int) -> None:
-        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.add(os.fstat(descriptor).st_ino)
         fsync(descriptor)
 
     def checked_rename(self: Path, target: Path) -> Path:
-        assert str(self) in flushed, self
+        assert [part for part in (self, *self.rglob("*")) if part.stat().st_ino not in flushed] == []
         renamed.append(Path(target).name)
         return rename(self, target)
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(Path, "rename", checked_rename)
     target = hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
-    assert {file.name for file in target.rglob("*.distcp")} | {"megatron"} == set(renamed)
-    assert str(tmp_path) in flushed
+    megatron_to_hf(target, tmp_path / "back", options=SMALL)
+    assert renamed == [".metadata", "megatron", "back"]
+    assert tmp_path.stat().st_ino in flushed
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(
@@ -226,35 +192,16 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(
     assert [file.name for file in target.iterdir()] == ["mine"]
 
 
-def test_another_conversion_is_not_continued(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "megatron"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, "model.layers.1.mlp.down_proj.weight")
-        with pytest.raises(OSError, match="the disk fell out"):
-            hf_to_megatron(hf, target, options=SMALL)
-    other = Options(max_file_size=8000, dtype=torch.bfloat16)
-    with pytest.raises(
-        FileExistsError, match=r"unfinished conversion of another source or with other options.*--restart"
-    ):
-        hf_to_megatron(hf, target, options=other)
-    os.utime(hf / "model.safetensors")
-    with pytest.raises(FileExistsError, match="unfinished conversion of another source"):
-        hf_to_megatron(hf, target, options=SMALL)
-    hf_to_megatron(hf, target, options=Options(max_file_size=8000, restart=True))
-    assert verify_conversion(hf, target) == []
-
-
 def test_two_at_once_do_not_mix(hf: Path, tmp_path: Path) -> None:
-    partial = partial_path(tmp_path / "megatron")
-    (partial / ".done").mkdir(parents=True)
-    with (partial / "lock").open("w") as held:
+    partial_path(tmp_path / "megatron").mkdir()
+    with (partial_path(tmp_path / "megatron") / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="another process is converting"):
+        with pytest.raises(OSError, match=r"another process is writing .*megatron; its files are in"):
             hf_to_megatron(hf, tmp_path / "megatron")
     hf_to_megatron(hf, tmp_path / "megatron")
 
 
-def test_a_killed_process_leaves_a_continuable_partial_directory(hf: Path, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_replaced(hf: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron\n"
@@ -274,28 +221,22 @@ def test_a_killed_process_leaves_a_continuable_partial_directory(hf: Path, tmp_p
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGKILL)
     assert not target.exists()
-    assert json.loads((partial_path(target) / "plan.json").read_text())["target"] == "to Megatron"
+    assert list(partial_path(target).rglob("*.distcp"))
+    (partial_path(target) / "release" / "__0_999.distcp").touch()
     hf_to_megatron(hf, target, options=SMALL)
     assert verify_conversion(hf, target) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+    assert not (target / "release" / "__0_999.distcp").exists()
 
 
-def test_disk_space_is_checked_first_and_counts_what_is_done(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_space_is_checked_first(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
-    margin = 64 * 2**20
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(margin + 1000))
+    needed = 64 * 2**20 + HFCheckpoint(hf).num_bytes
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(needed - 1))
     with pytest.raises(OSError, match="not enough disk space"):
         hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "disk_usage", lambda path: usage(2**40))
-        interrupt_after(patch, "model.norm.weight")
-        with pytest.raises(OSError, match="the disk fell out"):
-            hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
-    # Less than for all of it, but enough for the rest.
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(margin + HFCheckpoint(hf).num_bytes - 1))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(needed))
     hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_bpdg.checkpoint.config import read_hf_config
+from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.live import load_weights
+from megatron_bpdg.checkpoint.mapping import MappingError
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.models.qwen3 import build_model
 from megatron_bpdg.models.shape import Qwen3Shape
@@ -74,14 +76,26 @@ def compare_logits(hf: Path, megatron: Path, text: str) -> LogitComparison:
     )
 
 
+def verify_logits(hf: Path, megatron: Path, text: str) -> str:
+    """`compare_logits` in one line.
+
+    Raises:
+        MappingError: the models disagree.
+        Others: see `compare_logits`.
+    """
+    comparison = compare_logits(hf, megatron, text)
+    if not comparison.equal:
+        raise MappingError(f"HF transformers and Megatron-Core disagree: {comparison}")
+    return f"logits agree: {comparison}"
+
+
 def _hf_logits(hf: Path, ids_T: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
     return model(ids_T[None]).logits[0].float()
 
 
 def _megatron_logits(megatron: Path, ids_T: Tensor) -> Tensor:
-    folder = megatron / "hf"
-    config = read_hf_config(folder if folder.is_dir() else megatron.parent / "hf")
+    config = read_hf_config(hf_folder(megatron))
     with world(Layout(), seed=0):
         model = build_model(Qwen3Shape.from_hf(config), Layout(), torch.float32).eval()
         load_weights([model], megatron)
