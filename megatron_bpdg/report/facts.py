@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bpdg.report.run import Run
-from megatron_bpdg.report.template import escape
 from megatron_bpdg.tracking.progress import format_seconds
 
 _LAYOUT_NAMES = (
@@ -103,17 +102,3 @@ def _layout(layout: dict[str, Any]) -> str | None:
     sizes = [f"{short}{layout.get(name, 1)}" for short, name in _LAYOUT_NAMES]
     switches = [name for name in ("sequence_parallel", "distributed_optimizer") if layout.get(name)]
     return ", ".join([" × ".join(sizes), *(name.replace("_", " ") for name in switches)])
-
-
-def warnings_card(runs: list[Run]) -> str:
-    lines = [
-        f"{run.name}: {name} was not finite at {len(steps)} step{'s' if len(steps) > 1 else ''} "
-        f"({', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''})"
-        for run in runs
-        for name, steps in run.nonfinite.items()
-    ]
-    for run in runs:
-        empty = [value for value in run.series("rollout/empty")[1].tolist() if value > 0]
-        if empty:
-            lines.append(f"{run.name}: {sum(empty):.0f} empty responses were dropped, over {len(empty)} steps")
-    return f'<section class="warning">{"<br>".join(map(escape, lines))}</section>' if lines else ""
