@@ -54,7 +54,7 @@ def _findings(run: Run) -> Iterator[tuple[str, bool, str]]:
     if run.gated and len(ess):
         inert = bool(ess.min() > INERT_ESS)
         why = ": the gate is inert, it weighs all tokens alike" if inert else ""
-        yield "gate acts", not inert, f"lowest effective sample size {ess.min():.3f}{why}"
+        yield "gate acts", not inert, f"lowest effective sample size {ess.min():.4g}{why}"
     rows = [(row, row.difference) for row in before_and_after(run) if row.difference is not None]
     if rows:
         fell = any(change.high < 0 for _, change in rows)

@@ -22,9 +22,9 @@ AXIS = "#9ca3af"
 GRID = "#e5e7eb"
 ALARM = "#b91c1c"
 HEAT = "viridis"  # reads on white and on black
-_VARIABLES = {INK: "ink", FAINT: "faint", AXIS: "axis", GRID: "line", ALARM: "bad"} | {
-    color: f"c{index}" for index, color in enumerate(PALETTE)
-}
+_NAMES = {INK: "ink", FAINT: "faint", AXIS: "axis", GRID: "line", ALARM: "bad"}
+_NAMES |= {color: f"c{index}" for index, color in enumerate(PALETTE)}
+_VARIABLES = {color: f"var(--{name})" for color, name in _NAMES.items()}
 
 _RC: Any = {
     # Text stays text: the page's own font draws it, and it can be searched.
@@ -143,14 +143,9 @@ def figure_svg(figure: Figure, label: str) -> str:
     used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
     kept = {name for pair in used for name in pair if name}
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in kept else "", svg)
-    svg = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda match: _variable(match[0]), svg)
-    return re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', lambda match: _open_svg(match[1], label), svg, count=1)
-
-
-def _variable(color: str) -> str:
-    return f"var(--{_VARIABLES[color]})" if color in _VARIABLES else color
-
-
-def _open_svg(view_box: str, label: str) -> str:
+    svg = re.sub("|".join(f"(?<=: ){color}" for color in _VARIABLES), lambda match: _VARIABLES[match[0]], svg)
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {namespaces} viewBox="{view_box}" role="img" aria-label="{html.escape(label)}">'
+    box = re.search(r'viewBox="[^"]+"', svg)
+    assert box is not None
+    opening = f'<svg {namespaces} {box[0]} role="img" aria-label="{html.escape(label)}">'
+    return opening + svg[svg.index(">") + 1 :]

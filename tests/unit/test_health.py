@@ -25,7 +25,7 @@ def found(run: Run, check: str) -> Finding | None:
 @pytest.mark.parametrize(
     ("check", "metric", "values", "healthy", "text"),
     [
-        ("gate acts", "gate/ess", [0.999, 0.99, 0.998], True, "lowest effective sample size 0.990"),
+        ("gate acts", "gate/ess", [0.999, 0.99, 0.998], True, "lowest effective sample size 0.99"),
         ("gate acts", "gate/ess", [0.999, 0.991], False, "lowest effective sample size 0.991: the gate is inert"),
         ("entropy holds", "actor/entropy", [2.0] * 8 + [0.3, 0.1], True, "2 to 0.2 nats a token"),
         ("entropy holds", "actor/entropy", [2.0] * 8 + [0.2, 0.18], False, "2 to 0.19 nats a token"),

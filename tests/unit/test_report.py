@@ -245,7 +245,7 @@ def test_every_number_of_the_page(hand_runs: tuple[Path, Path]) -> None:
         assert f"bench 2 × 4 pass@{k} 0.0 [0.0, 0.0] {HAND_ROWS['with'][k - 1]}" in text
         assert f"bench 2 × 4 pass@{k} {HAND_ROWS['between'][k - 1]}" in text
     assert "with : healthy in 3 checks without : healthy in 2 checks" in text
-    assert "gate acts yes lowest effective sample size 0.950" in text
+    assert "gate acts yes lowest effective sample size 0.95" in text
     assert "yes bench pass@1 +75.0 [+50.0, +100.0]; bench pass@2 +91.7 [+83.3, +100.0]" in text
     assert "Seed 7 Steps 10 of 10 Wall time 2:05" in text
     alone = write_report(run).read_text()
