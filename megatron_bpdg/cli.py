@@ -204,16 +204,9 @@ def report(
     compare: Annotated[list[Path] | None, typer.Option(help="Another run to overlay; repeatable.")] = None,
 ) -> None:
     """Write RUN/report.html: pass@k, loss, gates, the drift heat map."""
-    from megatron_bpdg.report.html import write_report
-    from megatron_bpdg.report.passk import summary_rows
-    from megatron_bpdg.report.run import load_run
-    from megatron_bpdg.tracking.tables import summary_table
+    from megatron_bpdg.report.command import report as write
 
-    page = write_report(run, compare or [])
-    rows = [{"run": path.name, **row} for path in [run, *(compare or [])] for row in summary_rows(load_run(path))]
-    if rows:
-        Console().print(summary_table(rows, title="pass@k in %, 95 % bootstrap intervals over problems"))
-    console.print(f"report: {page}")
+    console.print(f"report: {write(run, compare or [], Console())}")
 
 
 @app.command()

@@ -50,10 +50,12 @@ def write_evals(directory: Path, steps: list[int], lift: float, problems: int = 
             stream.write(json.dumps(record) + "\n")
 
 
-def write_run(directory: Path, steps: int = 100, lift: float = 2.5, tau: float = 1.0, seed: int = 0) -> None:
-    """A gated run of two epochs with four updates each, with all the files a run has."""
+def write_run(
+    directory: Path, steps: int = 100, lift: float = 2.5, tau: float = 1.0, seed: int = 0, gated: bool = True
+) -> None:
+    """A run of two epochs with four updates each, with all the files a run has."""
     directory.mkdir(parents=True)
-    config = {**CONFIG, "seed": seed, "gate": {**CONFIG["gate"], "tau": tau}}
+    config = {**CONFIG, "seed": seed, "gate": {**CONFIG["gate"], "tau": tau} if gated else None}
     (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     rng = np.random.default_rng(seed)
     with MetricsLogger(directory, tensorboard=False, wandb=None, config=config) as logger:

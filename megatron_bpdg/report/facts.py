@@ -5,25 +5,55 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bpdg.report.run import Run
-from megatron_bpdg.report.template import escape
 from megatron_bpdg.tracking.progress import format_seconds
 
-_LAYOUT_NAMES = (
-    ("TP", "tensor_parallel"),
-    ("PP", "pipeline_parallel"),
-    ("CP", "context_parallel"),
-    ("DP", "data_parallel"),
-)
+_LAYOUT = {"TP": "tensor_parallel", "PP": "pipeline_parallel", "CP": "context_parallel", "DP": "data_parallel"}
 
 
 def headline(run: Run) -> str:
     if run.config.get("kind") == "sft":
         return "Supervised training"
-    gate = run.config.get("gate")
-    objective = run.config.get("objective", {}).get("name")
+    objective = (run.config.get("objective") or {}).get("name")
     if objective is None:
         return "Training run"
+    gate = run.config.get("gate")
     return f"On-policy distillation, {objective} {'with gate over ' + _partition(gate) if gate else 'without gate'}"
+
+
+def run_facts(run: Run) -> list[tuple[str, str]]:
+    """Labelled values at the top; those the run did not record are left out."""
+    cfg = run.config
+    layout, training, rollout = (cfg.get(name) or {} for name in ("layout", "training", "rollout"))
+    gate, opd = cfg.get("gate"), cfg.get("kind") == "opd"
+    rest = {key: value for key, value in (gate or {}).items() if key != "partition" and value != 0.0}
+    rows = {
+        "Objective": _settings(cfg.get("objective") or {}),
+        "Gate": f"{_partition(gate)}, {_settings(rest)}" if gate else "none" if opd else "",
+        "Student": _model(run, "student"),
+        "Teacher": _model(run, "teacher"),
+        "Training data": (cfg.get("data") or {}).get("train"),
+        "Step": f"{rollout.get('prompts_per_step')} prompts × {rollout.get('samples_per_prompt')} samples, "
+        f"{training.get('epochs')} epochs × {training.get('minibatches')} updates"
+        if rollout and training and opd
+        else "",
+        "Learning rate": training.get("lr"),
+        "Layout": ", ".join(
+            [
+                " × ".join(f"{short}{layout.get(name, 1)}" for short, name in _LAYOUT.items()),
+                *(
+                    name.replace("_", " ")
+                    for name in ("sequence_parallel", "distributed_optimizer")
+                    if layout.get(name)
+                ),
+            ]
+        )
+        if layout
+        else "",
+        "Seed": cfg.get("seed"),
+        "Steps": f"{run.metrics[-1]['step']} of {training.get('steps', '?')}" if run.metrics else "",
+        "Wall time": "" if run.wall_seconds is None else format_seconds(run.wall_seconds),
+    }
+    return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 
 
 def _partition(gate: dict[str, Any]) -> str:
@@ -36,84 +66,16 @@ def _partition(gate: dict[str, Any]) -> str:
     }.get(partition.get("name", "fixed"), str(partition.get("name")))
 
 
-def run_facts(run: Run) -> list[tuple[str, str]]:
-    """Labelled values at the top; those the run did not record are left out."""
-    cfg = run.config
-    layout, training, rollout = (cfg.get(name) or {} for name in ("layout", "training", "rollout"))
-    rows: list[tuple[str, str | None]] = [
-        ("Objective", _settings(cfg.get("objective"))),
-        ("Gate", _gate_fact(cfg)),
-        ("Student", _model(run, "student")),
-        ("Teacher", _model(run, "teacher")),
-        ("Training data", _text((cfg.get("data") or {}).get("train"))),
-        (
-            "Step",
-            f"{rollout.get('prompts_per_step')} prompts × {rollout.get('samples_per_prompt')} samples, "
-            f"{training.get('epochs')} epochs × {training.get('minibatches')} updates"
-            if rollout and training and cfg.get("kind") != "sft"
-            else None,
-        ),
-        ("Learning rate", _text(training.get("lr"))),
-        ("Layout", _layout(layout)),
-        ("Seed", _text(cfg.get("seed"))),
-        ("Steps", f"{run.metrics[-1]['step']} of {training.get('steps', '?')}" if run.metrics else None),
-        ("Wall time", None if run.wall_seconds is None else format_seconds(run.wall_seconds)),
-    ]
-    return [(name, value) for name, value in rows if value is not None]
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _settings(values: dict[str, Any] | None) -> str | None:
+def _settings(values: dict[str, Any]) -> str:
     """`name, key value, ...` without the switches that are off."""
-    if not values:
-        return None
-    shown = [
-        f"{key} {value}".replace("_", " ")
-        for key, value in values.items()
-        if key != "name" and value not in (None, False)
-    ]
-    return ", ".join([*([str(values["name"])] if "name" in values else []), *shown])
+    on = {key: value for key, value in values.items() if value not in (None, False)}
+    return ", ".join(str(value) if key == "name" else f"{key} {value}".replace("_", " ") for key, value in on.items())
 
 
-def _gate_fact(cfg: dict[str, Any]) -> str | None:
-    gate = cfg.get("gate")
-    if not gate:
-        return "none" if cfg.get("kind") == "opd" else None
-    rest = {key: value for key, value in gate.items() if key != "partition" and value != 0.0}
-    return f"{_partition(gate)}, {_settings(rest)}"
-
-
-def _model(run: Run, role: str) -> str | None:
-    model = run.config.get(role)
-    if not model:
-        return None
-    parts = [str(model.get("checkpoint") or model.get("init")), str(model.get("dtype", ""))]
+def _model(run: Run, role: str) -> str:
+    model = run.config.get(role) or {}
     _, parameters = run.series(f"model/{role}_parameters")
-    if len(parameters):
-        parts.insert(1, f"{parameters[-1] / 1e6:,.2f} M parameters")
-    return ", ".join(part for part in parts if part)
-
-
-def _layout(layout: dict[str, Any]) -> str | None:
-    if not layout:
-        return None
-    sizes = [f"{short}{layout.get(name, 1)}" for short, name in _LAYOUT_NAMES]
-    switches = [name for name in ("sequence_parallel", "distributed_optimizer") if layout.get(name)]
-    return ", ".join([" × ".join(sizes), *(name.replace("_", " ") for name in switches)])
-
-
-def warnings_card(runs: list[Run]) -> str:
-    lines = [
-        f"{run.name}: {name} was not finite at {len(steps)} step{'s' if len(steps) > 1 else ''} "
-        f"({', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''})"
-        for run in runs
-        for name, steps in run.nonfinite.items()
-    ]
-    for run in runs:
-        empty = [value for value in run.series("rollout/empty")[1].tolist() if value > 0]
-        if empty:
-            lines.append(f"{run.name}: {sum(empty):.0f} empty responses were dropped, over {len(empty)} steps")
-    return f'<section class="warning">{"<br>".join(map(escape, lines))}</section>' if lines else ""
+    size = f"{parameters[-1] / 1e6:,.2f} M parameters" if len(parameters) else ""
+    return ", ".join(
+        str(part) for part in (model.get("checkpoint") or model.get("init"), size, model.get("dtype")) if part
+    )

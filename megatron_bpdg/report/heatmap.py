@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_bpdg.report.run import Floats, Run
-from megatron_bpdg.report.style import HEAT, integer_steps
+from megatron_bpdg.report.style import GRID, HEAT, integer_steps
 
 MAX_CELLS = 400  # cells along each axis; more could not be told apart on a page
 
@@ -55,7 +55,7 @@ def heatmap_figure(runs: list[Run]) -> Figure | None:
     scale = Normalize(0.0, top or 1.0)
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(11.6, 0.4 + 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(10.4, 0.4 + 2.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for ax, (run, epoch, steps, drift_BS, tokens_BS) in zip(axes.ravel(), panels):
         image = ax.imshow(
@@ -67,7 +67,7 @@ def heatmap_figure(runs: list[Run]) -> Figure | None:
             norm=scale,
             extent=(*_edges(steps), -0.5, len(drift_BS) - 0.5),
         )
-        ax.set_facecolor("#e5e7eb")
+        ax.set_facecolor(GRID)
         ax.grid(visible=False)
         ax.set_title(f"Block drift, epoch {epoch}" if len(runs) == 1 else f"{run.name}, epoch {epoch}")
         integer_steps(ax)

@@ -5,7 +5,7 @@ One run: a colour per curve. Several: a colour per run, a line style per curve.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from megatron_bpdg.report.compare import estimate
 from megatron_bpdg.report.heatmap import drift_matrix, epochs
-from megatron_bpdg.report.passk import estimate
 from megatron_bpdg.report.run import Floats, Run
 from megatron_bpdg.report.style import (
     ALARM,
+    AXIS,
     FAINT,
     LEGEND_ROW,
     LINE_STYLES,
@@ -31,18 +32,10 @@ from megatron_bpdg.report.style import (
     title_with_legend,
 )
 
-HALF, FULL = 5.6, 11.6
+HALF, FULL = 5.0, 10.4  # inches: narrow enough that labels can be read on a phone
 HEIGHT = 2.6
 # Above this many points a curve is drawn faint, with its running mean on top.
 SMOOTH_ABOVE = 60
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric of a panel."""
-
-    metric: str
-    label: str
 
 
 @dataclass(frozen=True)
@@ -51,31 +44,33 @@ class Panel:
 
     Attributes:
         title: heading, with the unit.
-        curves: metrics drawn; those that were not logged are skipped.
+        curves: metric -> label in the legend; those that were not logged are skipped.
         band: (lower, upper) metrics of a shaded band.
-        floor: where the vertical axis starts, for quantities with a natural zero.
+        floor: where the vertical axis starts; None: near the lowest value.
+        ceiling: where it ends, for fractions that are read by their distance from 1.
         smooth: draw a running mean over many points.
         reference: a horizontal line to compare with.
     """
 
     title: str
-    curves: tuple[Curve, ...]
+    curves: Mapping[str, str]
     band: tuple[str, str] | None = None
-    floor: float | None = None
+    floor: float | None = 0.0
+    ceiling: float | None = None
     smooth: bool = True
     reference: float | None = None
 
 
 def panel_figure(panel: Panel, runs: list[Run]) -> Figure | None:
     """Draw a panel, or None where none of its metrics was logged."""
-    curves = [curve for curve in panel.curves if any(len(run.series(curve.metric)[0]) for run in runs)]
+    curves = [metric for metric in panel.curves if any(len(run.series(metric)[0]) for run in runs)]
     if not curves:
         return None
-    entries = _entries(runs, [curve.label for curve in curves])
+    entries = _entries(runs, [panel.curves[metric] for metric in curves])
     if panel.band is not None and len(runs) == 1:
         low, high = (name.split("/")[-1] for name in panel.band)
         entries.append((Patch(color=PALETTE[0], alpha=0.15), f"{low} to {high}"))
-    if any(np.isnan(run.series(curve.metric)[1]).any() for run in runs for curve in curves):
+    if any(np.isnan(run.series(metric)[1]).any() for run in runs for metric in curves):
         entries.append((Line2D([], [], color=ALARM, marker="x", linestyle="none"), "not finite"))
     figure, ax = _single(panel.title, entries, HALF, HEIGHT)
     if panel.reference is not None:
@@ -84,20 +79,24 @@ def panel_figure(panel: Panel, runs: list[Run]) -> Figure | None:
         # Bands of several runs would only hide each other.
         if panel.band is not None and len(runs) == 1:
             _draw_band(ax, run, panel.band)
-        for curve_index, curve in enumerate(curves):
-            steps, values = run.series(curve.metric)
+        for curve_index, metric in enumerate(curves):
+            steps, values = run.series(metric)
             _draw_curve(ax, steps, values, *_look(runs, run_index, curve_index), smooth=panel.smooth)
     if panel.floor is not None:
         flat = ax.dataLim.y1 <= panel.floor
         ax.set_ylim(panel.floor, panel.floor + 1 if flat else None)
+    if panel.ceiling is not None:
+        ax.set_ylim(top=1.02 * panel.ceiling)  # a line at the ceiling keeps its whole width
     integer_steps(ax)
     return figure
 
 
-def discovered_panel(title: str, prefix: str, runs: list[Run], label: Callable[[str], str]) -> Panel:
+def discovered_panel(
+    title: str, prefix: str, runs: list[Run], label: Callable[[str], str], floor: float | None = 0.0
+) -> Panel:
     """A panel of every metric whose name starts with `prefix`; `label` turns the rest of the name into a label."""
     names = sorted({name for run in runs for name in run.names(prefix)})
-    return Panel(title, tuple(Curve(name, label(name.removeprefix(prefix))) for name in names))
+    return Panel(title, {name: label(name.removeprefix(prefix)) for name in names}, floor=floor)
 
 
 def pass_at_k_figures(runs: list[Run]) -> list[tuple[str, Figure]]:
@@ -197,25 +196,24 @@ def _stacked_means(labels: list[str], runs: list[Run], tables: list[tuple[Floats
     colors = _phase_colors(labels)
     shown = [index for index in range(len(labels)) if means_RP[:, index].any()]
     entries: LegendEntries = [(Patch(color=colors[index]), labels[index]) for index in shown]
-    figure, ax = _single("Mean seconds per step by phase", entries, FULL, 0.9 + 0.4 * len(runs))
+    figure, ax = _single("Mean seconds per step by phase", entries, FULL, 0.9 + 0.5 * len(runs))
     left_R = np.zeros(len(runs))
     rows = np.arange(len(runs))
     for index in shown:
-        ax.barh(rows, means_RP[:, index], left=left_R, color=colors[index], height=0.72)
+        ax.barh(rows, means_RP[:, index], left=left_R, color=colors[index], height=0.4)
         left_R += means_RP[:, index]
-    ax.margins(y=0.02)
-    ax.invert_yaxis()
+    ax.set_ylim(len(runs) - 0.7, -0.75)
     ax.set_yticks([])
     ax.grid(axis="y", visible=False)
-    # Names of any length fit inside the bars' rows, not beside them.
+    # Names of any length fit above the bars, not beside them.
     for row, run in enumerate(runs):
-        ax.annotate(run.name, (0, row), xytext=(6, 0), textcoords="offset points", va="center", color="white")
+        ax.annotate(run.name, (0, row - 0.25), xytext=(0, 1), textcoords="offset points", size=9)
     ax.set_xlabel("seconds")
     return figure
 
 
 def _phase_colors(labels: list[str]) -> list[str]:
-    return [PALETTE[index % len(PALETTE)] for index in range(len(labels) - 1)] + ["#9ca3af"]
+    return [PALETTE[index % len(PALETTE)] for index in range(len(labels) - 1)] + [AXIS]
 
 
 def _phase_table(run: Run, phases: list[str]) -> tuple[Floats, Floats]:
@@ -232,7 +230,7 @@ def _single(title: str, entries: LegendEntries, width: float, height: float) -> 
     """Figure of one plot whose area stays the same however many rows the legend has."""
     shape = legend_rows([label for _, label in entries], width - 0.7)
     header = 0.3 + LEGEND_ROW * shape[0]
-    figure, (ax,) = new_figure(width, height + LEGEND_ROW * shape[0], header=header)
+    figure, ax = new_figure(width, height + LEGEND_ROW * shape[0], header)
     title_with_legend(ax, title, entries, shape)
     plain_numbers(ax)
     return figure, ax

@@ -38,6 +38,12 @@ class Run:
         values = np.array([math.nan if value is None else value for _, value in points], dtype=np.float64)
         return steps, values
 
+    @property
+    def gated(self) -> bool:
+        """Whether a gate can change the loss: tau = 0 makes it a constant."""
+        gate = self.config.get("gate")
+        return gate is not None and gate.get("tau") != 0
+
     def names(self, prefix: str) -> list[str]:
         """Logged metric names with this prefix, sorted."""
         return sorted({name for row in self.metrics for name in row if name.startswith(prefix)})

@@ -13,13 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+# The colours of the light page; `figure_svg` turns them into the style sheet's variables, which a dark page sets anew.
 PALETTE = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#db2777", "#65a30d", "#0891b2", "#b45309")
 LINE_STYLES = ("-", "--", ":", "-.")
 INK = "#1f2937"
 FAINT = "#6b7280"
+AXIS = "#9ca3af"
 GRID = "#e5e7eb"
-ALARM = "#dc2626"
-HEAT = "YlGnBu"
+ALARM = "#b91c1c"
+HEAT = "viridis"  # reads on white and on black
+_NAMES = {INK: "ink", FAINT: "faint", AXIS: "axis", GRID: "line", ALARM: "bad"}
+_NAMES |= {color: f"c{index}" for index, color in enumerate(PALETTE)}
+_VARIABLES = {color: f"var(--{name})" for color, name in _NAMES.items()}
 
 _RC: Any = {
     # Text stays text: the page's own font draws it, and it can be searched.
@@ -27,7 +32,8 @@ _RC: Any = {
     # Ids of clip paths are hashes of this and their content: reports of the same data are the same bytes.
     "svg.hashsalt": "bpdg",
     "font.size": 10,
-    "axes.edgecolor": "#9ca3af",
+    "text.color": INK,
+    "axes.edgecolor": AXIS,
     "axes.labelcolor": FAINT,
     "axes.labelsize": 9,
     "axes.titlesize": 11,
@@ -58,27 +64,16 @@ def style() -> Any:
     return mpl.rc_context(_RC)
 
 
-def new_figure(width: float, height: float, columns: int = 1, header: float = 0.3) -> tuple[Figure, list[Axes]]:
-    """Figure of this size in inches (100 page pixels each) and its axes from left to right.
+def new_figure(width: float, height: float, header: float) -> tuple[Figure, Axes]:
+    """Figure of this size in inches and its axes.
 
     Margins are fixed in inches, so that axes of different figures line up on the page. `header` is the room above the
     axes for title and legend.
     """
     figure = Figure(figsize=(width, height))
-    left, right, bottom, gap = 0.7, 0.12, 0.5, 0.8
-    inner = (width - left - right - gap * (columns - 1)) / columns
-    axes = [
-        figure.add_axes(
-            (
-                (left + index * (inner + gap)) / width,
-                bottom / height,
-                inner / width,
-                (height - bottom - header) / height,
-            )
-        )
-        for index in range(columns)
-    ]
-    return figure, axes
+    left, right, bottom = 0.7, 0.12, 0.5
+    inner = (width - left - right, height - bottom - header)
+    return figure, figure.add_axes((left / width, bottom / height, inner[0] / width, inner[1] / height))
 
 
 def integer_steps(ax: Axes) -> None:
@@ -148,9 +143,9 @@ def figure_svg(figure: Figure, label: str) -> str:
     used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
     kept = {name for pair in used for name in pair if name}
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in kept else "", svg)
-    return re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', lambda match: _open_svg(match[1], label), svg, count=1)
-
-
-def _open_svg(view_box: str, label: str) -> str:
+    svg = re.sub("|".join(f"(?<=: ){color}" for color in _VARIABLES), lambda match: _VARIABLES[match[0]], svg)
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {namespaces} viewBox="{view_box}" role="img" aria-label="{html.escape(label)}">'
+    box = re.search(r'viewBox="[^"]+"', svg)
+    assert box is not None
+    opening = f'<svg {namespaces} {box[0]} role="img" aria-label="{html.escape(label)}">'
+    return opening + svg[svg.index(">") + 1 :]

@@ -1,20 +1,23 @@
+import html
+import io
 import json
 import math
 import re
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.report.command import report
 from megatron_bpdg.report.heatmap import drift_matrix
-from megatron_bpdg.report.html import choose_samples, write_report
-from megatron_bpdg.report.passk import before_and_after, difference, estimate, summary_rows
-from megatron_bpdg.report.plots import running_mean
+from megatron_bpdg.report.page import choose_samples, render, write_report
+from megatron_bpdg.report.plots import Panel, block_index_figure, panel_figure, running_mean
 from megatron_bpdg.report.run import Run, load_runs
-from megatron_bpdg.report.style import legend_rows, number
+from megatron_bpdg.report.style import PALETTE, legend_rows, number
 from tests.report_fixtures import write_run
 
 
@@ -51,6 +54,8 @@ def check_page(page: str) -> list[str]:
         assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= ids
     # Self-contained: nothing is fetched from anywhere.
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page)
+    assert not re.findall(r"url\((?!#)|@import", page)
+    assert set(re.findall(r"https?://[^/]+", page)) <= {"http://www.w3.org"}
     return svgs
 
 
@@ -66,7 +71,7 @@ def test_report_is_complete_and_self_contained(run_dir: Path) -> None:
     assert path == run_dir / "report.html"
     page = path.read_text()
     svgs = check_page(page)
-    assert len(svgs) == 2 + 4 + 2 + 4 + 1 + 2 + 4 + 3
+    assert len(svgs) == 2 + 4 + 2 + 4 + 1 + 2 + 4 + 3  # tokens/s of training and FLOPs are not recorded: no panel
     for text in (
         "0.22 M parameters",
         "newline spans",
@@ -77,7 +82,7 @@ def test_report_is_complete_and_self_contained(run_dir: Path) -> None:
         assert text in page, text
     for title in ("Gate", "Mean block drift by epoch, nats", "Block drift, epoch 1", "arithmetic: pass@8, %"):
         assert f">{title}</text>" in page, title
-    assert "Not recorded" not in page
+    assert "Training, tokens per second" not in page
     assert 'class="absent"' not in page
     assert "&lt;b&gt;7&lt;/b&gt;" in page
     assert "<b>" not in page
@@ -90,11 +95,12 @@ def test_report_is_deterministic(run_dir: Path) -> None:
 
 
 def test_comparison_overlays_runs(run_dir: Path, tmp_path: Path) -> None:
-    write_run(tmp_path / "ungated", steps=20, lift=0.3, seed=1)
+    write_run(tmp_path / "ungated", steps=20, lift=0.3, seed=1, gated=False)
     page = write_report(run_dir, [tmp_path / "ungated"]).read_text()
     check_page(page)
     assert "compared with ungated" in page
-    assert "Difference from gated" in page
+    assert "gated minus ungated is" in page
+    assert "the runs differ in seed" in page
     assert ">ungated, epoch 1</text>" in page
     assert page.count(">ungated</text>") > 10
 
@@ -108,9 +114,11 @@ def test_absent_parts_say_so(tmp_path: Path) -> None:
         "No heat map: drift.jsonl",
         "No samples: samples.jsonl",
         "No config: config.yaml",
-        "Not recorded: Gate; Effective sample size, fraction of tokens.",
     ):
         assert line in page, line
+    # What has no data has neither a card nor a link.
+    assert re.findall(r'id="([a-z]+)"><h2', page) == re.findall(r'<a href="#(.*?)"', page) == ["health", "learning"]
+    assert "Gate" not in page
 
 
 def test_nonfinite_values_and_empty_responses_are_announced(tmp_path: Path) -> None:
@@ -138,44 +146,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [run.name for run in runs] == ["a/seed0", "b/seed0"]
     with pytest.raises(ValueError, match="given twice"):
         load_runs(tmp_path / "a" / "seed0", [tmp_path / "a" / "seed0"])
-
-
-def record(step: int, correct: list[int], samples: int = 4, first_id: int = 0) -> EvalResult:
-    ids = [f"p{first_id + index}" for index in range(len(correct))]
-    return EvalResult("bench", step, samples, ids, correct, 0.0, 10.0)
-
-
-def run_with(evals: list[EvalResult], config: dict[str, object] | None = None) -> Run:
-    return Run("run", Path("run"), config or {}, [], [], evals, [])
-
-
-def test_pass_at_k_and_its_interval() -> None:
-    result = estimate(record(0, [0, 4, 2, 2]), k=1)
-    assert result.value == pytest.approx(0.5)
-    assert result.low < 0.5 < result.high
-    # k = 2 of n = 4: 1 - C(2,2)/C(4,2) = 5/6 where two are right.
-    assert estimate(record(0, [0, 4, 2, 2]), k=2).value == pytest.approx((0 + 1 + 5 / 6 + 5 / 6) / 4)
-
-
-def test_difference_is_paired_by_problem_id() -> None:
-    before = record(0, [0, 1, 2, 3])
-    shuffled = EvalResult("bench", 9, 4, ["p3", "p2", "p1", "p0"], [4, 3, 2, 1], 0.0, 10.0)
-    result = difference(before, shuffled, k=1)
-    assert result is not None
-    # Every problem gained exactly one of four: paired resampling sees no variance at all.
-    assert (result.value, result.low, result.high) == pytest.approx((0.25, 0.25, 0.25))
-    assert result.excludes_zero
-    assert difference(before, record(9, [1, 1, 1, 1], first_id=1), k=1) is None
-    assert difference(before, record(9, [1, 1, 1, 1], samples=8), k=1) is None
-
-
-def test_before_and_after_use_first_and_last_step() -> None:
-    run = run_with([record(50, [4] * 4), record(0, [0] * 4), record(25, [2] * 4)], {"evaluation": {"k": [1, 4, 8]}})
-    rows = before_and_after(run)
-    assert [(row.k, row.before.value, row.after.value) for row in rows] == [(1, 0.0, 1.0), (4, 0.0, 1.0)]
-    assert summary_rows(run)[0]["difference, 95 % interval"] == "+100.0 [+100.0, +100.0]"
-    assert before_and_after(run_with([record(0, [1])])) == []
-    assert run_with([record(0, [1])]).ks == [1, 4]
 
 
 def test_drift_matrix_weights_updates_by_tokens_and_keeps_gaps() -> None:
@@ -215,3 +185,145 @@ def test_tick_labels_and_legend_rows() -> None:
     assert legend_rows(["a", "b"], 5.0) == (1, 2)
     rows, columns = legend_rows(["a long name of a run " * 2] * 3, 5.0)
     assert (rows, columns) == (3, 1)
+
+
+HAND_CONFIG = {"kind": "opd", "seed": 7, "gate": {"tau": 1.0}, "training": {"steps": 10}, "evaluation": {"k": [1, 2]}}
+
+
+def write_hand_run(directory: Path, gated: bool, correct: list[int]) -> None:
+    """Two problems of four samples, none right before training; two steps."""
+    directory.mkdir()
+    (directory / "config.yaml").write_text(json.dumps({**HAND_CONFIG, "gate": HAND_CONFIG["gate"] if gated else None}))
+    rows = [
+        {"step": 0, "time": 100.0, "model/student_parameters": 1.5e6},
+        {"step": 5, "time": 150.0, "gate/ess": 0.95, "time/rollout_s": 4.0, "time/update_s": 1.0, "time/step_s": 5.0},
+        {"step": 10, "time": 225.0, "gate/ess": 0.97, "time/rollout_s": 2.0, "time/update_s": 1.0, "time/step_s": 5.0},
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (directory / "eval.jsonl").open("w") as stream:
+        for step, right in ((0, [0, 0]), (10, correct)):
+            truncation = {"truncated_fraction": 0.0, "mean_response_tokens": 9.0}
+            result = {"benchmark": "bench", "step": step, "samples": 4, "problem_ids": ["p", "q"], "correct": right}
+            stream.write(json.dumps(result | truncation) + "\n")
+
+
+@pytest.fixture
+def hand_runs(tmp_path: Path) -> tuple[Path, Path]:
+    write_hand_run(tmp_path / "with", gated=True, correct=[2, 4])
+    write_hand_run(tmp_path / "without", gated=False, correct=[1, 3])
+    return tmp_path / "with", tmp_path / "without"
+
+
+# pass@1 of [2, 4] of 4 is the mean of 1/2 and 1, of [1, 3] that of 1/4 and 3/4. pass@2 = 1 - C(4-c, 2) / 6: 5/6 and 1,
+# 1/2 and 1. Of two problems a resample holds the lower twice, both, or the higher twice with chances 1/4, 1/2, 1/4: the
+# interval runs from one problem's value to the other's.
+HAND_ROWS = {
+    "with": ["75.0 [50.0, 100.0] +75.0 [+50.0, +100.0]", "91.7 [83.3, 100.0] +91.7 [+83.3, +100.0]"],
+    "without": ["50.0 [25.0, 75.0] +50.0 [+25.0, +75.0]", "75.0 [50.0, 100.0] +75.0 [+50.0, +100.0]"],
+    "between": [
+        "50.0 [25.0, 75.0] 75.0 [50.0, 100.0] +25.0 [+25.0, +25.0]",
+        "75.0 [50.0, 100.0] 91.7 [83.3, 100.0] +16.7 [+0.0, +33.3]",
+    ],
+}
+HAND_SENTENCE = (
+    "The gate helped: with minus without is +25.0 [+25.0, +25.0] points of pass@1 on bench, "
+    "+16.7 [+0.0, +33.3] points of pass@2 on bench."
+)
+
+
+def words(markup: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", markup).split())
+
+
+def test_every_number_of_the_page(hand_runs: tuple[Path, Path]) -> None:
+    run, other = hand_runs
+    page = write_report(run, [other]).read_text()
+    text = words(page)
+    assert HAND_SENTENCE in text
+    assert "over the 2 problems of two single runs at step 10, one seed each (7 and 7)" in text
+    for k in (1, 2):
+        assert f"bench 2 × 4 pass@{k} 0.0 [0.0, 0.0] {HAND_ROWS['with'][k - 1]}" in text
+        assert f"bench 2 × 4 pass@{k} {HAND_ROWS['between'][k - 1]}" in text
+    assert "with : healthy in 3 checks without : healthy in 2 checks" in text
+    assert "gate acts yes lowest effective sample size 0.95" in text
+    assert "yes bench pass@1 +75.0 [+50.0, +100.0]; bench pass@2 +91.7 [+83.3, +100.0]" in text
+    assert "Seed 7 Steps 10 of 10 Wall time 2:05" in text
+    alone = write_report(run).read_text()
+    (curve,) = [svg for svg in check_page(alone) if 'aria-label="bench: pass@1, %"' in svg]
+    assert {"0.0", "75.0"} <= set(re.findall(r">([\d.]+)</text>", curve))
+    # 6 of 10 seconds were rollouts, 2 updates; the phases leave 2 unexplained.
+    for share in ("rollout 60%", "update 20%", "other 20%"):
+        assert f">{share}</text>" in alone
+    assert 'id="verdict"' not in alone
+
+
+def test_every_number_of_the_terminal(hand_runs: tuple[Path, Path]) -> None:
+    stream = io.StringIO()
+    assert report(hand_runs[1], [hand_runs[0]], Console(file=stream, width=200)) == hand_runs[1] / "report.html"
+    text = " ".join(stream.getvalue().replace("│", " ").split())
+    for name in ("with", "without"):
+        for k in (1, 2):
+            value, change = (part.split(" [")[0] for part in HAND_ROWS[name][k - 1].split("] ", 1))
+            bounds = HAND_ROWS[name][k - 1].split("[")[-1]
+            assert f"{name} bench pass@{k} 0.0 {value} {change} [{bounds}" in text
+    # The run without a gate is subtracted, whichever of the two the report is about.
+    assert "with minus without, last evaluations" in text
+    assert "bench pass@1 50.0 75.0 +25.0 [+25.0, +25.0] bench pass@2 75.0 91.7 +16.7 [+0.0, +33.3]" in text
+    assert HAND_SENTENCE in text
+    assert text.endswith("without: healthy in 2 checks with: healthy in 3 checks")
+
+
+def test_curves_are_the_recorded_numbers_on_honest_axes(hand_runs: tuple[Path, Path]) -> None:
+    (run,) = load_runs(hand_runs[0], [])
+    figure = panel_figure(Panel("ESS", {"gate/ess": "ESS"}, ceiling=1.0), [run])
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([5, 10], [0.95, 0.97])
+    assert figure.axes[0].get_ylim() == pytest.approx((0.0, 1.02))
+    assert panel_figure(Panel("absent", {"train/tokens_per_s": "training"}), [run]) is None
+
+
+def test_block_index_curve_weighs_steps_by_tokens() -> None:
+    rows = [
+        {"step": 1, "epoch": 0, "abs_drift_by_block": [0.1, 0.4], "tokens_by_block": [10, 10]},
+        {"step": 2, "epoch": 0, "abs_drift_by_block": [0.4], "tokens_by_block": [20]},
+    ]
+    figure = block_index_figure([Run("run", Path("run"), {}, [], rows, [], [])])
+    assert figure is not None
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.3, 0.4])
+
+
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    name, config = "<i>&'run'", {"objective": {"name": "<u>lsm</u>"}, "gate": {"partition": {"name": "<u>"}}}
+    evaluation = '{"benchmark": "<s>b</s>", "step": %d, "samples": 1, "problem_ids": ["p"], "correct": [1], '
+    for directory in (tmp_path / name, tmp_path / "<em>"):
+        directory.mkdir()
+        (directory / "config.yaml").write_text(json.dumps(config))
+        metrics = {"step": 1, "time": 1.0, "loss/<s>": None, "nonfinite": ["loss/<s>"]}
+        (directory / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+        lines = [evaluation % step + '"truncated_fraction": 0.0, "mean_response_tokens": 1.0}\n' for step in (0, 1)]
+        (directory / "eval.jsonl").write_text("".join(lines))
+    page = render(load_runs(tmp_path / name, [tmp_path / "<em>"]))
+    check_page(page)
+    assert not re.findall(r"<(?:i|u|s|em)\b", page)
+    for text in ("<i>&'run'", "<em>", "<s>b</s>", "<u>lsm</u>", "loss/<s> was not finite"):
+        assert html.escape(text).replace("&#x27;", "&#39;") in page, text
+
+
+def test_colours_of_figures_follow_the_page(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text()
+    assert "prefers-color-scheme: dark" in page
+    # A colour that were not a variable would stay what it is on a dark page.
+    literal = set(re.findall(r": (#\w{6})\b", "".join(check_page(page))))
+    assert not literal & set(PALETTE)
+    assert literal <= {"#ffffff", "#fde725"}  # edges of the colour bar
+    used = set(re.findall(r"var\((--\w+)\)", page))
+    light, dark = (set(re.findall(r"(--\w+):", block)) for block in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
+    assert used <= light == dark
+
+
+def test_templates_are_package_data() -> None:
+    root = Path(__file__).parents[2]
+    package_data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {path for name in package_data["megatron_bpdg"] for path in (root / "megatron_bpdg").glob(name)}
+    assert {"report.html", "style.css"} <= {path.name for path in packaged}
