@@ -119,7 +119,7 @@ def test_train(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_doctor(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_bpdg import doctor
+    from megatron_bpdg.cli import doctor
 
     asked = []
 

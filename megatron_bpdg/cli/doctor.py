@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
@@ -34,6 +35,18 @@ _OPTIONAL = {
     "wandb": ("wandb", "[wandb]: metrics"),
     "tensorboard": ("tensorboard", "metrics"),
 }
+
+
+def doctor(
+    server: Annotated[list[str] | None, typer.Option(help="URL of an SGLang server to ask; repeatable.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose tokenizer the servers must have: the student's.")
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the servers' API key.")] = None,
+) -> None:
+    """Say what this installation, and servers, can do and what is missing."""
+    if not diagnose(Console(), server or [], checkpoint, api_key_env):
+        raise typer.Exit(1)
 
 
 def diagnose(console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None) -> bool:
