@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 KINDS = ("slow", "refuse", "reset", "truncate", "garbage", "malformed", "error", "old_weights")
-SLOW_S = 30.0
+SLOW_S = 3600.0
 
 
 class Proxy:
@@ -94,7 +94,7 @@ class FaultyServer:
     def __init__(self, upstream: str, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen([sys.executable, "-m", "tests.serving.faulty", upstream, str(port)])
-        for _ in range(200):
+        for _ in range(36000):
             try:
                 self._call("/suffered")
                 return
@@ -113,7 +113,7 @@ class FaultyServer:
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read())
 
     def __enter__(self) -> Self:

@@ -27,7 +27,13 @@ from megatron_bpdg.training.engines import make_probe
 
 def patience(*urls: str, **changes: Any) -> Servers:
     """Servers with the patience of a test."""
-    quick: dict[str, Any] = {"timeout_s": 60.0, "attempts": 4, "backoff_s": 0.1, "recovery_s": 300.0, "concurrency": 16}
+    quick: dict[str, Any] = {
+        "timeout_s": 600.0,
+        "attempts": 4,
+        "backoff_s": 0.1,
+        "recovery_s": 3600.0,
+        "concurrency": 16,
+    }
     return Servers(urls=list(urls), **{**quick, **changes})
 
 

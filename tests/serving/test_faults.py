@@ -17,6 +17,7 @@ from megatron_bpdg.rollout.sampling import sample_seed
 from megatron_bpdg.serving.http.pool import ServingError, State
 from megatron_bpdg.serving.sglang.weights import WeightSyncError
 from tests.integration.miniature import Miniature
+from tests.serving.conftest import DEADLINE_S
 from tests.serving.faulty import FaultyServer
 from tests.serving.parts import check_response, patience, trainer
 
@@ -51,7 +52,7 @@ def check_all(checkpoint: Path, asked: list[Request], responses: list[Response],
 def test_a_fault_of_the_only_server_costs_a_retry(
     miniature: Miniature, faulty: FaultyServer, tmp_path: Path, kind: str
 ) -> None:
-    timeout = 2.0 if kind == "slow" else 60.0
+    timeout = 10.0 if kind == "slow" else 600.0
     with trainer(miniature.student, tmp_path) as student:
         engine = student.engine(patience(faulty.url, timeout_s=timeout))
         student.send(engine, version=1)
@@ -162,7 +163,7 @@ def test_a_server_that_never_comes_back(miniature: Miniature, server_factory: An
         engine.close()
 
 
-def wait_for(true: Any, seconds: float = 120.0) -> None:
+def wait_for(true: Any, seconds: float = DEADLINE_S) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -86,11 +86,11 @@ def test_serve_says_what_it_does_and_leaves_nothing_behind(
     started = processes_of(port)
     assert len(started) >= 2
     os.kill(process.pid, number)
-    process.wait(timeout=90)
+    process.wait(timeout=DEADLINE_S)
     if number != signal.SIGKILL:
         assert process.returncode == 0
         assert f"stopped by {number.name}" in output.read_text()
-    _, alive = psutil.wait_procs(started, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=DEADLINE_S)
     assert not alive
 
 
@@ -133,12 +133,12 @@ def test_doctor_on_servers(miniature: Miniature, student_server: Any) -> None:
 
 def test_a_server_left_paused_by_a_trainer_that_died(student_server: Any) -> None:
     async def pause() -> bool:
-        async with Server(student_server.url, 60.0) as server:
+        async with Server(student_server.url, 600.0) as server:
             await server.post("/pause_generation", {"mode": "retract"})
             return await server.healthy(timeout_s=3.0)
 
     async def wait() -> set[str]:
-        limits = patience(student_server.url, recovery_s=1.0)
+        limits = patience(student_server.url)
         await wait_until_ready(limits, "rollout", None, Console(stderr=True), engines=[student_server.url])
         return await healthy([student_server.url], None)
 

@@ -15,6 +15,7 @@ from megatron_bpdg.config import RunConfig
 from megatron_bpdg.serving.http.pool import ServingError
 from megatron_bpdg.training.loop import distill
 from tests.integration.miniature import Miniature, metrics, read_lines
+from tests.serving.conftest import DEADLINE_S
 from tests.serving.parts import patience
 
 
@@ -80,7 +81,10 @@ def test_both_on_servers_at_tensor_parallelism_2_from_the_command_line(
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_bpdg.cli", "train", str(file)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "megatron_bpdg.cli", "train", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stderr
     assert "Unclosed" not in done.stderr

@@ -32,7 +32,7 @@ def served(url: str) -> tuple[Tensor, str]:
     """What a server says about the text, and the version of its weights."""
 
     async def ask() -> tuple[Tensor, str]:
-        async with Server(url, 60.0) as server:
+        async with Server(url, 600.0) as server:
             return await given_logprobs(server, TEXT, VOCAB), await server.weight_version()
 
     return asyncio.run(ask())
@@ -99,7 +99,7 @@ def test_nothing_is_sampled_from_what_the_old_weights_computed(
 ) -> None:
     async def cached() -> int:
         body = {"input_ids": TEXT, "sampling_params": {"max_new_tokens": 1}}
-        async with Server(student_server.url, 60.0) as server:
+        async with Server(student_server.url, 600.0) as server:
             return int((await server.post("/generate", body))["meta_info"]["cached_tokens"])
 
     with trainer(miniature.student, tmp_path) as student:
@@ -145,7 +145,7 @@ def test_a_server_left_in_the_middle_of_an_update_by_a_trainer_that_died(
     miniature: Miniature, student_server: Any, tmp_path: Path, method: str
 ) -> None:
     async def leave_open() -> None:
-        async with Server(student_server.url, 60.0) as server:
+        async with Server(student_server.url, 600.0) as server:
             await server.post("/begin_weight_update", {})
 
     with trainer(miniature.student, tmp_path) as student:
@@ -178,7 +178,7 @@ def test_a_server_killed_in_the_middle_of_an_update(
     miniature: Miniature, student_server: Any, restartable_server: Any, tmp_path: Path, method: str
 ) -> None:
     with trainer(miniature.student, tmp_path) as student:
-        sync = build_weight_sync(WeightSync(method=method, timeout_s=20), tmp_path)  # type: ignore[arg-type]
+        sync = build_weight_sync(WeightSync(method=method, timeout_s=60), tmp_path)  # type: ignore[arg-type]
         sync.bucket_bytes = 5000  # type: ignore[attr-defined]
         student.change(0.9)
         urls = [restartable_server.url, student_server.url]

@@ -18,12 +18,13 @@ from megatron_bpdg.config.schema import Sampling, Servers
 from megatron_bpdg.rollout.engine import Probe, Request, generate
 from megatron_bpdg.rollout.sglang import SGLangEngine
 from megatron_bpdg.serving.http.background import Background
+from megatron_bpdg.serving.http.client import Server
 from megatron_bpdg.serving.http.pool import ServingError, State
 from megatron_bpdg.serving.sglang.facts import served_room
 from megatron_bpdg.serving.sglang.weights import DiskSync, WeightSyncError, base
 
 PROBE = Probe([1, 2, 3], torch.tensor([-1.0, -1.0]), 1e-3)
-PATIENCE: dict[str, Any] = {"timeout_s": 20.0, "attempts": 3, "backoff_s": 0.02, "recovery_s": 20.0}
+PATIENCE: dict[str, Any] = {"timeout_s": 600.0, "attempts": 3, "backoff_s": 0.02, "recovery_s": 600.0}
 SAMPLING = Sampling(max_new_tokens=4)
 
 
@@ -122,7 +123,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         for engine in engines:
             background.run(engine.start(runners))
         with ExitStack() as stack:
-            yield Setup(*engines, DiskSync(tmp_path, 2, pause="retract", timeout_s=20.0, api_key=None), stack)
+            yield Setup(*engines, DiskSync(tmp_path, 2, pause="retract", timeout_s=600.0, api_key=None), stack)
     finally:
         for runner in runners:
             background.run(runner.cleanup())
@@ -131,7 +132,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -217,6 +218,12 @@ def test_a_server_that_aborts_everything_spends_the_budget(setup: Setup) -> None
 
 def test_an_engine_that_hangs_does_not_hold_the_others(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_CONTROL_S", 0.3)
+    post = Server.post
+
+    async def patient_with_two(server: Server, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
+        return await post(server, path, body, timeout_s=timeout_s if server.url == setup.one.url else 600.0)
+
+    monkeypatch.setattr(Server, "post", patient_with_two)
     setup.one.hang = {"/pause_generation", "/continue_generation"}
     with pytest.raises(WeightSyncError) as caught:
         setup.sync.push(NoWeights(), "v", [setup.one.url, setup.two.url])
@@ -250,7 +257,7 @@ def test_an_engine_that_fails_within_an_update_is_closed_and_let_go_on(
     # The first error is the one that is kept.
     setup.one.faults[path] = setup.one.faults[CONTINUE] = lambda: (400, {})
     urls = [setup.one.url, setup.two.url]
-    with base.Update(urls, pause="retract", timeout_s=20.0, api_key=None) as update:
+    with base.Update(urls, pause="retract", timeout_s=600.0, api_key=None) as update:
         update.begin()
         update.post(SEND, {})
         update.post(SEND, {})

@@ -31,12 +31,12 @@ def whole(request: Request, version: int, length: int = 4) -> Response:
 
 
 class Scripted:
-    """Finishes requests in the order it is told, and cuts the others off after one more token."""
+    """Finishes requests in the order it is told, `at_once` together, and cuts the others off after one more token."""
 
     retries = 0
 
-    def __init__(self, order: Sequence[int]) -> None:
-        self.order, self.version = order, 0
+    def __init__(self, order: Sequence[int], at_once: int = 1) -> None:
+        self.order, self.at_once, self.version = order, at_once, 0
         self.requests: list[Request] = []
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> Scripted:
@@ -45,8 +45,8 @@ class Scripted:
 
     def __iter__(self) -> Iterator[Finished]:
         while self.left:
-            index = self.left.pop(0)
-            yield [(index, whole(self.requests[index], self.version))]
+            now, self.left = self.left[: self.at_once], self.left[self.at_once :]
+            yield [(index, whole(self.requests[index], self.version)) for index in now]
 
     def interrupt(self) -> Finished:
         def cut(request: Request) -> Response:
@@ -120,6 +120,22 @@ def test_groups_that_finish_first_are_taken_and_the_others_go_on_in_the_next_ste
     assert mixed.sampler_logprobs_R.tolist() == [0.0, -1.0, -1.0, -1.0]
     everything = [(t.problem, t.sample) for group in first + second for t in group]
     assert len(set(everything)) == len(everything), "a sample was used twice"
+
+
+def test_groups_that_finish_together_beyond_what_the_step_wants_wait_for_the_next() -> None:
+    cfg = Rollout(prompts_per_step=2, samples_per_prompt=2, extra_prompts=2, **SERVERS)
+    sampler = GroupSampler(cfg, PROMPTS, seed=1)
+    drawn = PromptSampler(len(PROMPTS), 2, seed=1)
+    order = [*drawn.batch(0), *drawn.batch(1), *drawn.batch(2)]
+    engine = Scripted(range(8), at_once=8)
+    first = take(sampler, engine, 1)
+    assert [group[0].problem for group in first] == order[:2]
+    engine.version = 1
+    second = take(sampler, engine, 2)
+    assert len(engine.requests) == 2 * 2, "a response that was whole was sampled again"
+    assert [group[0].problem for group in second] == order[2:4]
+    assert {int(v) for group in second for t in group for v in t.version_R} == {0}  # type: ignore[union-attr]
+    assert [t.index for group in second for t in group] == [0, 1, 2, 3]
 
 
 def test_no_sample_is_lost_or_used_twice_over_many_steps() -> None:
