@@ -83,8 +83,8 @@ def panel_figure(panel: Panel, runs: list[Run]) -> Figure | None:
             steps, values = run.series(metric)
             _draw_curve(ax, steps, values, *_look(runs, run_index, curve_index), smooth=panel.smooth)
     if panel.floor is not None:
-        flat = ax.dataLim.y1 <= panel.floor
-        ax.set_ylim(panel.floor, panel.floor + 1 if flat else None)
+        reach = ax.dataLim.y1 - panel.floor
+        ax.set_ylim(panel.floor, panel.floor + (1.06 * reach if 0 < reach < np.inf else 1.0))
     if panel.ceiling is not None:
         ax.set_ylim(top=1.02 * panel.ceiling)  # a line at the ceiling keeps its whole width
     integer_steps(ax)
