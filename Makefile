@@ -6,7 +6,7 @@ RUN := runs/quickstart
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup sglang quickstart quickstart-sglang test lint format
+.PHONY: setup sglang quickstart quickstart-sglang test test-fast lint typecheck format
 
 setup: $(VENV)/.installed
 
@@ -39,12 +39,23 @@ quickstart-sglang: setup sglang
 	PATH="$(CURDIR)/$(BIN):$$PATH" BPDG_SGLANG_PYTHON=.venv-sglang/bin/python examples/quickstart/serve.sh
 	$(BIN)/bpdg report $(RUN)/opd_sglang --compare $(RUN)/opd
 
+# A file stays on one worker, which then makes its fixtures once. The order of tests/conftest.py puts the long files
+# first; xdist's own would go by how many tests they have.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup sglang
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+# Units and layouts, without servers, whole runs, and what is marked as slow.
+test-fast: setup
+	$(PYTEST) -m "not slow" tests/unit tests/parallel
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+typecheck: setup
 	$(BIN)/mypy
 
 format: setup

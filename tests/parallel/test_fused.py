@@ -45,6 +45,7 @@ def on_ranks() -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_kernels_give_dense_values_and_gradients(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")

@@ -108,6 +108,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), tied=True, seed=1, layers=1, vocab=VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "layout"), [(1, {}), (2, {"tensor_parallel": 2, "sequence_parallel": True})], ids=["one", "tp2_sp"]
 )
