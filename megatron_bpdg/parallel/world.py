@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_bpdg.config.schema import Layout
@@ -49,12 +51,17 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    # The models of an earlier world are garbage in reference cycles, which keeps its groups' threads and sockets open.
+    gc.collect()
+    before = _groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         context_parallel_size=layout.context_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        # A second, gloo copy of each group, for optimizer states in a checkpoint format that nothing here writes.
+        create_gloo_process_groups=False,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -65,6 +72,18 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
     finally:
         # After an error on one rank, taking the groups down would wait for the ranks that wait for it.
         if not failed or size == 1:
+            # It forgets its groups; their threads and sockets stay until they are destroyed, in one order on all ranks.
             parallel_state.destroy_model_parallel()
+            # Each call is remembered with the module that it was made on, and that module holds a process group.
+            RotaryEmbedding.forward.cache_clear()
             if owns_group:
                 dist.destroy_process_group()
+            else:
+                for group in _groups():
+                    if group not in before:
+                        dist.destroy_process_group(group)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    """The process groups that this rank is in, oldest first."""
+    return list(dist.distributed_c10d._world.pg_map)

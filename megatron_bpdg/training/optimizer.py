@@ -42,6 +42,7 @@ def build_optimizer(
             use_distributed_optimizer=layout.distributed_optimizer,
         ),
         [module],
+        use_gloo_process_groups=False,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
