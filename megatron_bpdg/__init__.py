@@ -4,7 +4,7 @@ The names here are the method and the parallel operations, for use in any traine
 Megatron-Core. The trainer itself is `bpdg train` (`megatron_bpdg.training.loop`).
 """
 
-from megatron_bpdg.drift import FixedBlocks, Gate, Gated, NewlineSpans, Partition, WholeSequence
+from megatron_bpdg.drift import FixedBlocks, Gate, Gated, NewlineSpans, Partition, Segments, Signals, WholeSequence
 from megatron_bpdg.objectives.divergence import forward_kl, jsd, reverse_kl
 from megatron_bpdg.objectives.local_support import local_support_loss
 from megatron_bpdg.objectives.sampled_token import sampled_token_loss
@@ -20,6 +20,8 @@ __all__ = [
     "NewlineSpans",
     "ParallelVocab",
     "Partition",
+    "Segments",
+    "Signals",
     "TokenLayout",
     "VocabOps",
     "WholeSequence",
