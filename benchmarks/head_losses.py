@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift import Gate, Segments, Signals
 from megatron_bpdg.objectives.divergence import reverse_kl
 from megatron_bpdg.objectives.local_support import local_support_loss
 from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps
@@ -63,10 +63,14 @@ class Inputs:
         """Weights of the tokens, through the drift and the blocks."""
         everything_N = torch.ones_like(self.block_N, dtype=torch.bool)
         num_blocks = int(self.block_N.numel() - 1) // BLOCK + 1
-        gated = Gate()(
-            logprobs_N, self.old_logprobs_N, everything_N, self.block_N, num_blocks, self.block_N * 0, num_sequences=1
+        signals = Signals(
+            logprobs_N,
+            self.old_logprobs_N,
+            everything_N,
+            blocks=Segments(self.block_N, num_blocks),
+            sequences=Segments(self.block_N * 0, 1),
         )
-        return gated.weight_N
+        return Gate()(signals).weight_n
 
 
 Loss = Callable[[Inputs], Tensor]

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_bpdg.drift import FixedBlocks, Gate, Gated, NewlineSpans, Partition, WholeSequence
+    from megatron_bpdg.drift import FixedBlocks, Gate, Gated, NewlineSpans, Partition, Segments, Signals, WholeSequence
     from megatron_bpdg.objectives.divergence import forward_kl, jsd, reverse_kl
     from megatron_bpdg.objectives.local_support import local_support_loss
     from megatron_bpdg.objectives.sampled_token import sampled_token_loss
@@ -26,6 +26,8 @@ __all__ = [
     "NewlineSpans",
     "ParallelVocab",
     "Partition",
+    "Segments",
+    "Signals",
     "TokenLayout",
     "VocabOps",
     "WholeSequence",

@@ -33,9 +33,11 @@ def train(
     (WORLD_SIZE is set) it is one of the ranks.
     """
     from megatron_bpdg.config import check_paths, load_config
+    from megatron_bpdg.training.method import build_objective, check_objective
 
     cfg = load_config(config, overrides or [])
     check_paths(cfg)
+    check_objective(cfg, build_objective(cfg.objective))
     if check:
         console.print(f"{config}: valid; needs {cfg.layout.world_size} process(es)")
         return

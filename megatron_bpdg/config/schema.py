@@ -423,13 +423,6 @@ class RunConfig(Section):
         unused += [f"training.{x}" for x in fields if getattr(self.training, x) != getattr(defaults, x)]
         if unused:
             raise ValueError(f"kind: {self.kind} does not use {', '.join(unused)}: remove it")
-        if isinstance(self.objective, FullVocabulary) and self.training.head in ("chunked", "fused"):
-            raise ValueError(
-                f"training.head: {self.training.head} never makes the logits, and objective.name: "
-                f"{self.objective.name} is a sum over the whole vocabulary: set training.head to auto or materialised"
-            )
-        if self.teacher is not None and self.teacher.engine == "sglang":
-            self._served_teacher_suffices()
         if self.teacher is not None and self.teacher.servers is not None and self.rollout.servers is not None:
             both = {url.rstrip("/") for url in self.teacher.servers.urls} & {
                 url.rstrip("/") for url in [*self.rollout.servers.urls, *(self.rollout.weight_sync.urls or [])]
@@ -446,19 +439,3 @@ class RunConfig(Section):
                 "(rollout.prompts_per_step * rollout.samples_per_prompt)"
             )
         return self
-
-    def _served_teacher_suffices(self) -> None:
-        """A server gives log-probs of given tokens at temperature 1, and of the K most likely ids."""
-        if isinstance(self.objective, FullVocabulary):
-            raise ValueError(
-                f"objective.name: {self.objective.name} needs the teacher's whole distribution, and teacher.engine: "
-                "sglang gives its top K: use objective.name: lsm, or teacher.engine: megatron"
-            )
-        temperature = self.rollout.sampling.temperature
-        renormalises = isinstance(self.objective, TeacherTopK) and self.objective.outside == "renormalise"
-        if temperature != 1.0 and not renormalises:
-            raise ValueError(
-                f"rollout.sampling.temperature = {temperature:g} with teacher.engine: sglang: servers score given "
-                "tokens at temperature 1 only, which is enough for objective.name: lsm with outside: renormalise; use "
-                "that, temperature 1, or teacher.engine: megatron"
-            )

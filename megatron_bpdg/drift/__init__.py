@@ -1,6 +1,6 @@
 """Blockwise policy-drift gating: partitions, the gate, diagnostics. Plain tensors, no process groups."""
 
-from megatron_bpdg.drift.gate import AGGREGATORS, Gate, Gated, SumReduce, no_reduce, segment_mean
+from megatron_bpdg.drift.gate import AGGREGATORS, Gate, Gated
 from megatron_bpdg.drift.partition import (
     FixedBlocks,
     NewlineSpans,
@@ -9,6 +9,7 @@ from megatron_bpdg.drift.partition import (
     newline_token_ids,
     token_partition,
 )
+from megatron_bpdg.drift.signals import Segments, Signals, SumReduce, TeacherSignal, no_reduce, segment_mean
 
 __all__ = [
     "AGGREGATORS",
@@ -17,7 +18,10 @@ __all__ = [
     "Gated",
     "NewlineSpans",
     "Partition",
+    "Segments",
+    "Signals",
     "SumReduce",
+    "TeacherSignal",
     "WholeSequence",
     "newline_token_ids",
     "no_reduce",

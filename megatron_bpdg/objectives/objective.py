@@ -1,13 +1,13 @@
-"""Objectives by name: which teacher signal they need and how they turn it into a per-token loss."""
+"""Objectives: which teacher signal they need and how they turn it into a per-token loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megatron_bpdg.config.schema import FullVocabulary, ObjectiveConfig, SampledToken, SupervisedObjective, TeacherTopK
+from megatron_bpdg.drift.signals import Signals
 from megatron_bpdg.objectives.divergence import divergence
 from megatron_bpdg.objectives.local_support import local_support_loss
 from megatron_bpdg.objectives.sampled_token import sampled_token_loss
@@ -15,29 +15,20 @@ from megatron_bpdg.objectives.vocabulary import VocabOps
 
 
 @dataclass(frozen=True)
-class TeacherSignal:
-    """What the teacher says about N sampled positions.
+class TeacherNeeds:
+    """How much of the teacher an objective reads; the sampled token's log-prob comes with everything else.
 
     Attributes:
-        logprobs_n: log q of the sampled tokens, this rank's rows, float ``[n]``.
-        support_NK: the teacher's top-K ids, int64 ``[N, K]``, replicated; None unless asked for.
-        support_logprobs_nK: their log-probs, this rank's rows, float ``[n, K]``.
-        full: the teacher's whole distribution in the student's layout, detached; None unless asked for.
+        sampled: anything at all.
+        top_k: ids of the teacher's support.
+        full: the whole distribution.
+        normalised: whether a constant added to all of a position's log-probs would change the loss.
     """
-
-    logprobs_n: Tensor
-    support_NK: Tensor | None = None
-    support_logprobs_nK: Tensor | None = None
-    full: VocabOps | None = None
-
-
-@dataclass(frozen=True)
-class TeacherNeeds:
-    """How much of the teacher an objective reads; the sampled token's log-prob comes with everything else."""
 
     sampled: bool = True
     top_k: int = 0
     full: bool = False
+    normalised: bool = True
 
 
 class Objective(Protocol):
@@ -48,97 +39,91 @@ class Objective(Protocol):
 
     @property
     def differentiates_logprob(self) -> bool:
-        """Whether the gradient flows through `logprobs_n`."""
+        """Whether the gradient flows through `Signals.logprobs_n`; `student` is differentiable in any case."""
         ...
 
-    def __call__(
-        self,
-        student: VocabOps,
-        sampled_N: Tensor,
-        logprobs_n: Tensor,
-        old_logprobs_n: Tensor,
-        teacher: TeacherSignal,
-    ) -> Tensor:
+    def __call__(self, student: VocabOps, signals: Signals) -> Tensor:
         """Per-token loss ``[n]``.
 
         Args:
             student: bound to the student's logits of N positions.
-            sampled_N: the sampled ids, replicated.
-            logprobs_n: the student's log-probs of them, differentiable iff `differentiates_logprob`.
-            old_logprobs_n: the behaviour policy's.
-            teacher: what `needs` asked for.
+            signals: of the same positions, with the sampled ids and what `needs` asked of the teacher.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SampledTokenObjective:
-    config: SampledToken
+    """`sampled_token_loss` with its knobs."""
+
+    advantage: Literal["behaviour", "online"] = "behaviour"
+    advantage_clamp: float | None = None
+    clip: float = 0.2
+    dual_clip: float | None = 3.0
     needs: TeacherNeeds = TeacherNeeds()
     differentiates_logprob: bool = True
 
-    def __call__(
-        self,
-        student: VocabOps,
-        sampled_N: Tensor,
-        logprobs_n: Tensor,
-        old_logprobs_n: Tensor,
-        teacher: TeacherSignal,
-    ) -> Tensor:
+    def __call__(self, student: VocabOps, signals: Signals) -> Tensor:
+        assert signals.teacher is not None
         return sampled_token_loss(
-            logprobs_n,
-            old_logprobs_n,
-            teacher.logprobs_n,
-            advantage=self.config.advantage,
-            advantage_clamp=self.config.advantage_clamp,
-            clip=self.config.clip,
-            dual_clip=self.config.dual_clip,
+            signals.logprobs_n,
+            signals.old_logprobs_n,
+            signals.teacher.logprobs_n,
+            advantage=self.advantage,
+            advantage_clamp=self.advantage_clamp,
+            clip=self.clip,
+            dual_clip=self.dual_clip,
         )
 
 
 @dataclass(frozen=True)
 class LocalSupportObjective:
-    config: TeacherTopK
-    needs: TeacherNeeds
+    """`local_support_loss` on the teacher's top K."""
+
+    top_k: int = 32
+    divergence: str = "reverse_kl"
+    jsd_beta: float = 0.5
+    outside: Literal["renormalise", "tail_bucket"] = "renormalise"
+    append_sampled: bool = False
     differentiates_logprob: bool = False
 
-    def __call__(
-        self,
-        student: VocabOps,
-        sampled_N: Tensor,
-        logprobs_n: Tensor,
-        old_logprobs_n: Tensor,
-        teacher: TeacherSignal,
-    ) -> Tensor:
+    @property
+    def needs(self) -> TeacherNeeds:
+        return TeacherNeeds(top_k=self.top_k, normalised=self.outside != "renormalise")
+
+    def __call__(self, student: VocabOps, signals: Signals) -> Tensor:
+        teacher = signals.teacher
+        assert teacher is not None
         assert teacher.support_NK is not None
         assert teacher.support_logprobs_nK is not None
+        extra = None
+        if self.append_sampled:
+            assert signals.sampled_N is not None
+            extra = signals.sampled_N, teacher.logprobs_n
         return local_support_loss(
             student,
             teacher.support_NK,
             teacher.support_logprobs_nK,
-            divergence(self.config.divergence, self.config.jsd_beta),
-            outside=self.config.outside,
-            extra=(sampled_N, teacher.logprobs_n) if self.config.append_sampled else None,
+            divergence(self.divergence, self.jsd_beta),
+            outside=self.outside,
+            extra=extra,
         )
 
 
 @dataclass(frozen=True)
 class FullVocabularyObjective:
-    config: FullVocabulary
+    """A divergence over the whole vocabulary."""
+
+    divergence: str
+    jsd_beta: float = 0.5
     needs: TeacherNeeds = TeacherNeeds(full=True)
     differentiates_logprob: bool = False
 
-    def __call__(
-        self,
-        student: VocabOps,
-        sampled_N: Tensor,
-        logprobs_n: Tensor,
-        old_logprobs_n: Tensor,
-        teacher: TeacherSignal,
-    ) -> Tensor:
-        assert teacher.full is not None
-        measure = divergence(self.config.name, self.config.jsd_beta)
-        return measure(student.log_softmax(), teacher.full.log_softmax().detach(), student.vocab_sum)
+    def __call__(self, student: VocabOps, signals: Signals) -> Tensor:
+        assert signals.teacher is not None
+        assert signals.teacher.full_logprobs_NV is not None
+        measure = divergence(self.divergence, self.jsd_beta)
+        return measure(student.log_softmax(), signals.teacher.full_logprobs_NV, student.vocab_sum)
 
 
 @dataclass(frozen=True)
@@ -148,25 +133,5 @@ class NegativeLogLikelihood:
     needs: TeacherNeeds = TeacherNeeds(sampled=False)
     differentiates_logprob: bool = True
 
-    def __call__(
-        self,
-        student: VocabOps,
-        sampled_N: Tensor,
-        logprobs_n: Tensor,
-        old_logprobs_n: Tensor,
-        teacher: TeacherSignal,
-    ) -> Tensor:
-        return -logprobs_n
-
-
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a config section names."""
-    match config:
-        case SampledToken():
-            return SampledTokenObjective(config)
-        case TeacherTopK():
-            return LocalSupportObjective(config, needs=TeacherNeeds(top_k=config.top_k))
-        case FullVocabulary():
-            return FullVocabularyObjective(config)
-        case SupervisedObjective():
-            return NegativeLogLikelihood()
+    def __call__(self, student: VocabOps, signals: Signals) -> Tensor:
+        return -signals.logprobs_n

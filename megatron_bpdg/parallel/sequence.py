@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.drift.gate import SumReduce, no_reduce
+from megatron_bpdg.drift.signals import SumReduce, no_reduce
 
 
 def sum_over(groups: Sequence[dist.ProcessGroup]) -> SumReduce:

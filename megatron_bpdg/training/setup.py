@@ -18,25 +18,14 @@ from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
-from megatron_bpdg.config.schema import (
-    Fixed,
-    GateConfig,
-    Newline,
-    PartitionConfig,
-    RunConfig,
-    Sampling,
-    SequencePartition,
-    TokenPartition,
-    Training,
-)
+from megatron_bpdg.config.schema import GateConfig, RunConfig, Sampling, Training
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import FixedBlocks, Gate, NewlineSpans, Partition, WholeSequence, newline_token_ids
-from megatron_bpdg.drift.partition import token_partition
+from megatron_bpdg.drift import Gate
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
-from megatron_bpdg.objectives.objective import TeacherNeeds, build_objective
+from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.serving.http.client import api_key
@@ -48,6 +37,7 @@ from megatron_bpdg.training.engines import (
     teacher_source,
     wait_for_servers,
 )
+from megatron_bpdg.training.method import build_objective, build_partition, check_objective
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
 from megatron_bpdg.training.run import Run
 from megatron_bpdg.training.step import Updater
@@ -111,6 +101,8 @@ def build_supervised(cfg: RunConfig) -> tuple[Run, list[Trajectory]]:
 
 
 def _build_student(cfg: RunConfig, total_updates: int) -> Run:
+    objective = build_objective(cfg.objective)
+    check_objective(cfg, objective)
     fusion = fuses_gradient_accumulation(cfg.training, default_device())
     source = cfg.student.checkpoint or _fresh_checkpoint(cfg)
     folder = _folder(source, "student.checkpoint")
@@ -134,7 +126,6 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
     load_weights([model], source)
     module = wrap(model, cfg.layout)
     optimizer, scheduler = build_optimizer(module, cfg.layout, cfg.training, dtype, total_updates)
-    objective = build_objective(cfg.objective)
     student = MegatronPolicy(
         module,
         shape,
@@ -197,20 +188,6 @@ def fuses_gradient_accumulation(cfg: Training, device: torch.device) -> bool:
     if lacking and cfg.gradient_accumulation_fusion is True:
         raise ValueError(f"training.gradient_accumulation_fusion: true needs {lacking}; or set it to auto")
     return lacking is None
-
-
-def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
-    """The partition that a config section names."""
-    match config:
-        case Fixed():
-            return FixedBlocks(config.size)
-        case Newline():
-            ids = newline_token_ids(tokenizer.decode, len(tokenizer))
-            return NewlineSpans(ids, config.min_size, config.max_size)
-        case TokenPartition():
-            return token_partition()
-        case SequencePartition():
-            return WholeSequence()
 
 
 def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:

@@ -18,10 +18,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_bpdg.data.batch import MicroBatch
-from megatron_bpdg.drift.diagnostics import drift_by_block, drift_statistics, drift_sums, num_sums
+from megatron_bpdg.drift.diagnostics import drift_by_block, drift_shapes, drift_statistics, drift_sums
 from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.signals import Segments, Signals, TeacherSignal
+from megatron_bpdg.drift.sums import NamedSums
 from megatron_bpdg.models.policy import MegatronPolicy
-from megatron_bpdg.objectives.objective import Objective, TeacherSignal
+from megatron_bpdg.objectives.objective import Objective
 from megatron_bpdg.objectives.vocabulary import VocabOps
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.sequence import sum_over
@@ -29,17 +31,13 @@ from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
 
 # Rows of the drift heat map; later blocks are added to the last row.
 MAX_BLOCKS = 256
-_TOTALS = (
-    "mass",
-    "loss",
-    "tokens",
-    "entropy",
-    "teacher_gap",
-    "nonfinite_student",
-    "nonfinite_old",
-    "nonfinite_teacher",
-    "nonfinite_loss",
-)
+# Sum of an update -> of whose numbers it counts those that are not finite.
+_BROKEN = {
+    "nonfinite_student": "the student's log-probs",
+    "nonfinite_old": "the behaviour policy's log-probs",
+    "nonfinite_teacher": "the teacher's log-probs",
+    "nonfinite_loss": "the loss",
+}
 
 
 class NonFiniteError(RuntimeError):
@@ -116,59 +114,47 @@ class Updater:
         def loss(hidden_SBH: Tensor, batch: MicroBatch) -> Tensor:
             loss_sum, sums = self.loss(hidden_SBH, batch)
             if self.owns_tokens:
-                totals.add_(sums)
+                totals.add(sums)
             return loss_sum
 
         self.policy.forward_backward(batches, loss)
         finalize_model_grads([self.module])
         # Megatron-Core's optimizers step on NaN gradients without a word when there is no loss scale.
-        bad_gradients = torch.zeros_like(totals[:1])
+        totals["nonfinite_gradient"] = bad_gradients = torch.zeros_like(totals["mass"])
         for parameter in self.module.parameters():
             bad_gradients += (~parameter.main_grad.isfinite()).sum()
         # Every token is counted on exactly one rank of the world, so one sum makes the step's totals exact.
-        totals = torch.cat([totals, bad_gradients])
-        dist.all_reduce(totals)
-        named = dict(zip(_TOTALS, totals[: len(_TOTALS)].tolist()))
-        _check_finite(named, bad_gradients=int(totals[-1]))
-        self.module.scale_gradients(1.0 / named["mass"])
-        drift = totals[len(_TOTALS) : -1].cpu()
+        assert dist.group.WORLD is not None
+        totals = totals.over(sum_over([dist.group.WORLD]))
+        _check_finite(totals)
+        mass, tokens = float(totals["mass"]), float(totals["tokens"])
+        self.module.scale_gradients(1.0 / mass)
         statistics = {
-            "loss/opd": named["loss"] / named["mass"],
-            "actor/entropy": named["entropy"] / named["tokens"],
-            "teacher/gap_mean": named["teacher_gap"] / named["tokens"],
-            "train/tokens": named["tokens"],
-            **drift_statistics(drift),
+            "loss/opd": float(totals["loss"]) / mass,
+            "actor/entropy": float(totals["entropy"]) / tokens,
+            "teacher/gap_mean": float(totals["teacher_gap"]) / tokens,
+            "train/tokens": tokens,
+            **drift_statistics(totals),
         }
-        return StepReport(statistics, *drift_by_block(drift))
+        return StepReport(statistics, *drift_by_block(totals))
 
     @staticmethod
-    def _no_totals() -> Tensor:
-        return torch.zeros(len(_TOTALS) + num_sums(MAX_BLOCKS), dtype=torch.float64, device=default_device())
+    def _no_totals() -> NamedSums:
+        names = ("mass", "loss", "entropy", "teacher_gap", *_BROKEN)
+        return NamedSums.zeros({**dict.fromkeys(names, 0), **drift_shapes(MAX_BLOCKS)}, default_device())
 
-    def loss(self, hidden_SBH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(weighted loss sum over this rank's tokens, detached sums for `totals`)."""
+    def loss(self, hidden_SBH: Tensor, batch: MicroBatch) -> tuple[Tensor, NamedSums]:
+        """(weighted loss sum over this rank's tokens, detached sums for the step's totals)."""
         # Not where this rank alone has none of its tokens: the sums over blocks are collective.
         if batch.num_counted == 0:
             return hidden_SBH.sum() * 0.0, self._no_totals()
         student = self.policy.vocab_ops(hidden_SBH, batch, self.temperature, scattered=self.scattered)
-        with torch.set_grad_enabled(self.objective.differentiates_logprob):
-            logprobs_n = student.logprob(batch.sampled_N)
-        mask_n = student.rows(batch.mask_N)
-        teacher = self._teacher(student, batch)
-        old_logprobs_n = student.rows(batch.old_logprobs_N) if batch.old_logprobs_N is not None else logprobs_n.detach()
-
-        gated = self.gate(
-            logprobs_n,
-            old_logprobs_n,
-            mask_n,
-            student.rows(batch.block_N),
-            batch.num_blocks,
-            student.rows(batch.sequence_N),
-            batch.num_sequences,
-            self.reduce,
-        )
-        loss_n = self.objective(student, batch.sampled_N, logprobs_n, old_logprobs_n, teacher)
-        loss_sum = (gated.weight_N * torch.where(mask_n, loss_n, 0.0)).sum()
+        signals = self._signals(student, batch)
+        mask_n, teacher = signals.mask_n, signals.teacher
+        assert teacher is not None
+        gated = self.gate(signals)
+        loss_n = self.objective(student, signals)
+        loss_sum = (gated.weight_n * torch.where(mask_n, loss_n, 0.0)).sum()
 
         with torch.no_grad():
             entropy_n = student.entropy()
@@ -179,21 +165,32 @@ class Updater:
             def nonfinite(values_n: Tensor) -> Tensor:
                 return total(~values_n.isfinite())
 
-            sums = torch.stack(
-                [
-                    gated.mass,
-                    loss_sum.double(),
-                    mask_n.sum().double(),
-                    total(entropy_n),
-                    total(teacher.logprobs_n - logprobs_n),
-                    nonfinite(logprobs_n),
-                    nonfinite(old_logprobs_n),
-                    nonfinite(teacher.logprobs_n),
-                    nonfinite(loss_n),
-                ]
+            sums = NamedSums(
+                mass=gated.mass_n.sum(),
+                loss=loss_sum.double(),
+                entropy=total(entropy_n),
+                teacher_gap=total(teacher.logprobs_n - signals.logprobs_n),
+                nonfinite_student=nonfinite(signals.logprobs_n),
+                nonfinite_old=nonfinite(signals.old_logprobs_n),
+                nonfinite_teacher=nonfinite(teacher.logprobs_n),
+                nonfinite_loss=nonfinite(loss_n),
+                **drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks),
             )
-            drift = drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks)
-        return loss_sum, torch.cat([sums, drift])
+        return loss_sum, sums
+
+    def _signals(self, student: VocabOps, batch: MicroBatch) -> Signals:
+        with torch.set_grad_enabled(self.objective.differentiates_logprob):
+            logprobs_n = student.logprob(batch.sampled_N)
+        return Signals(
+            logprobs_n=logprobs_n,
+            old_logprobs_n=logprobs_n.detach() if batch.old_logprobs_N is None else student.rows(batch.old_logprobs_N),
+            mask_n=student.rows(batch.mask_N),
+            blocks=Segments(student.rows(batch.block_N), batch.num_blocks),
+            sequences=Segments(student.rows(batch.sequence_N), batch.num_sequences),
+            reduce=self.reduce,
+            sampled_N=batch.sampled_N,
+            teacher=self._teacher(student, batch),
+        )
 
     def _teacher(self, student: VocabOps, batch: MicroBatch) -> TeacherSignal:
         if batch.teacher_logprobs_N is None:
@@ -206,28 +203,24 @@ class Updater:
             support_logprobs_nK=None
             if batch.teacher_support_logprobs_NK is None
             else student.rows(batch.teacher_support_logprobs_NK),
-            full=None
+            full_logprobs_NV=None
             if batch.teacher_full_NV is None
             else ParallelVocab(
                 batch.teacher_full_NV,
                 self.policy.shape.vocab_size,
                 TokenLayout(self.policy.groups.tensor, self.scattered),
-            ),
+            )
+            .log_softmax()
+            .detach(),
         )
 
 
-def _check_finite(totals: dict[str, float], bad_gradients: int) -> None:
-    if totals["tokens"] == 0:
+def _check_finite(totals: NamedSums) -> None:
+    if not totals["tokens"]:
         raise ValueError("an optimizer step without a single response token: every response was empty")
-    who = {
-        "nonfinite_student": "the student's log-probs",
-        "nonfinite_old": "the behaviour policy's log-probs",
-        "nonfinite_teacher": "the teacher's log-probs",
-        "nonfinite_loss": "the loss",
-    }
-    broken = [f"{label} of {totals[key]:.0f} response tokens" for key, label in who.items() if totals[key]]
-    if bad_gradients:
-        broken.append(f"{bad_gradients} gradient entries")
+    broken = [f"{whose} of {totals[key]:.0f} response tokens" for key, whose in _BROKEN.items() if totals[key]]
+    if totals["nonfinite_gradient"]:
+        broken.append(f"{totals['nonfinite_gradient']:.0f} gradient entries")
     if broken:
         raise NonFiniteError(
             f"NaN or infinite: {', '.join(broken)} (of {totals['tokens']:.0f} tokens in this update). This update was "

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bpdg.data.batch import by_tokens
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import Gate
-from megatron_bpdg.objectives.objective import TeacherNeeds, TeacherSignal, build_objective
+from megatron_bpdg.drift import Gate, Segments, Signals, TeacherSignal
+from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.objectives.vocabulary import DenseVocab
+from megatron_bpdg.training.method import build_objective
 from tests.parallel.models import VOCAB, edge_cases, trajectories, write_checkpoint
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -179,8 +180,17 @@ def dense_reference(models: Path, objective: str) -> tuple[float, dict[str, torc
             values, support = said.topk(5)
         sampled = torch.tensor(trajectory.response_ids)
         logprobs, old = ops.logprob(sampled), trajectory.sampler_logprobs_R.double()
-        signal = TeacherSignal(said.logprob(sampled), support, values - said.logsumexp()[:, None], said)
-        per_token = build_objective(objective_config(objective))(ops, sampled, logprobs, old, signal)
+        support_logprobs = values - said.logsumexp()[:, None]
+        signals = Signals(
+            logprobs,
+            old,
+            trajectory.counts,
+            blocks=Segments(trajectory.block_R, int(trajectory.block_R[-1]) + 1),
+            sequences=Segments(torch.zeros_like(sampled), 1),
+            sampled_N=sampled,
+            teacher=TeacherSignal(said.logprob(sampled), support, support_logprobs, said.log_softmax()),
+        )
+        per_token = build_objective(objective_config(objective))(ops, signals)
         drift = (logprobs - old).detach()
         for block in trajectory.block_R.unique():
             counted = (trajectory.block_R == block) & trajectory.counts

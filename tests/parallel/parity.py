@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from megatron_bpdg.config.schema import ObjectiveConfig
-from megatron_bpdg.drift import Gate, no_reduce
-from megatron_bpdg.objectives.objective import TeacherSignal, build_objective
+from megatron_bpdg.drift import Gate, Segments, Signals, TeacherSignal, no_reduce
 from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps
 from megatron_bpdg.parallel.sequence import sum_over
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout
+from megatron_bpdg.training.method import build_objective
 from tests.parallel.parity_inputs import CASES, JUNK, Case, Inputs, build_inputs
 
 MakeOps = Callable[[Tensor, int, TokenLayout, float], VocabOps]
@@ -47,7 +47,24 @@ class View:
     def signal(self) -> TeacherSignal:
         support_NK = self.inputs.support_NK
         support_logprobs = self.teacher.gather(support_NK) - self.teacher.logsumexp()[:, None]
-        return TeacherSignal(self.teacher.logprob(self.inputs.sampled_N), support_NK, support_logprobs, self.teacher)
+        return TeacherSignal(
+            self.teacher.logprob(self.inputs.sampled_N),
+            support_NK,
+            support_logprobs,
+            self.teacher.log_softmax().detach(),
+        )
+
+    def signals(self, logprobs_n: Tensor) -> Signals:
+        return Signals(
+            logprobs_n,
+            self.rows("old_logprobs_N"),
+            self.rows("mask_N"),
+            blocks=Segments(self.rows("block_N"), 4),
+            sequences=Segments(self.rows("sequence_N"), 2),
+            reduce=self.reduce,
+            sampled_N=self.inputs.sampled_N,
+            teacher=self.signal,
+        )
 
 
 Check = Callable[[View], Tensor]
@@ -105,8 +122,8 @@ def objective_check(config: dict[str, Any]) -> Check:
     def check(view: View) -> Tensor:
         with torch.set_grad_enabled(objective.differentiates_logprob):
             logprobs_n = view.student.logprob(view.inputs.sampled_N)
-        old_logprobs_n = view.rows("old_logprobs_N").to(logprobs_n.dtype)
-        return objective(view.student, view.inputs.sampled_N, logprobs_n, old_logprobs_n, view.signal)
+        signals = view.signals(logprobs_n)
+        return objective(view.student, replace(signals, old_logprobs_n=signals.old_logprobs_n.to(logprobs_n.dtype)))
 
     return check
 
@@ -118,21 +135,11 @@ def gated_check(base: str, gate: Gate) -> Check:
     """The base objective under the gate, over this micro-batch's mass."""
 
     def check(view: View) -> Tensor:
-        mask_n = view.rows("mask_N")
-        gated = gate(
-            view.student.logprob(view.inputs.sampled_N),
-            view.rows("old_logprobs_N"),
-            mask_n,
-            view.rows("block_N"),
-            4,
-            view.rows("sequence_N"),
-            2,
-            view.reduce,
-        )
+        gated = gate(view.signals(view.student.logprob(view.inputs.sampled_N)))
         # Replicated rows are each rank's own whole batch; scattered shares add up. `reduce` knows which.
         mass = view.reduce(gated.mass.clone()).clamp(min=1e-300)
-        loss_n = torch.where(mask_n, OBJECTIVES[base](view), 0.0)
-        return gated.weight_N * loss_n / mass.to(loss_n.dtype)
+        loss_n = torch.where(view.rows("mask_N"), OBJECTIVES[base](view), 0.0)
+        return gated.weight_n * loss_n / mass.to(loss_n.dtype)
 
     return check
 
@@ -310,14 +317,9 @@ def step_parity(combine: Combine, scattered: bool) -> Error:
     micro_batches = [CASES["every_shard"], CASES["some_masked"]]
 
     def part(view: View) -> tuple[Tensor, Tensor]:
-        mask_n = view.rows("mask_N")
-        logprobs_n = view.student.logprob(view.inputs.sampled_N)
-        old_logprobs_n = view.rows("old_logprobs_N")
-        gated = gate(
-            logprobs_n, old_logprobs_n, mask_n, view.rows("block_N"), 4, view.rows("sequence_N"), 2, view.reduce
-        )
-        loss_n = torch.where(mask_n, OBJECTIVES["sampled_token"](view), 0.0)
-        return (gated.weight_N * loss_n).sum(), gated.mass
+        gated = gate(view.signals(view.student.logprob(view.inputs.sampled_N)))
+        loss_n = torch.where(view.rows("mask_N"), OBJECTIVES["sampled_token"](view), 0.0)
+        return (gated.weight_n * loss_n).sum(), gated.mass
 
     dense, shards, columns, references, parts = [], [], [], [], []
     for case in micro_batches:

@@ -57,11 +57,12 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
     from megatron_bpdg.drift import Gate
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches
     from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
-    from megatron_bpdg.objectives.objective import TeacherNeeds, build_objective
+    from megatron_bpdg.objectives.objective import TeacherNeeds
     from megatron_bpdg.parallel.head import Head
     from megatron_bpdg.parallel.world import world
     from megatron_bpdg.teacher.megatron import MegatronTeacher
     from megatron_bpdg.teacher.scoring import score
+    from megatron_bpdg.training.method import build_objective
     from megatron_bpdg.training.optimizer import build_optimizer, wrap
     from megatron_bpdg.training.step import Updater
 

@@ -17,11 +17,14 @@ from megatron_bpdg.drift import (
     Gated,
     NewlineSpans,
     Partition,
+    Segments,
+    Signals,
     WholeSequence,
     no_reduce,
     token_partition,
 )
-from megatron_bpdg.drift.diagnostics import drift_statistics, drift_sums, num_sums
+from megatron_bpdg.drift.diagnostics import drift_statistics, drift_sums
+from megatron_bpdg.drift.sums import NamedSums
 from megatron_bpdg.parallel.sequence import pad_to_multiple, sum_over
 from tests.parallel.spawn import run_ranks
 
@@ -61,7 +64,15 @@ def tokens(partition: Partition) -> dict[str, Any]:
 
 
 def gated(gate: Gate, batch: dict[str, Any], **more: Any) -> Gated:
-    return gate(**{key: value for key, value in batch.items() if key != "block_index_S"}, **more)
+    signals = Signals(
+        batch["logprobs_N"],
+        batch["old_logprobs_N"],
+        batch["mask_N"],
+        blocks=Segments(batch["block_N"], batch["num_blocks"]),
+        sequences=Segments(batch["sequence_N"], batch["num_sequences"]),
+        **more,
+    )
+    return gate(signals)
 
 
 def shard_errors(
@@ -77,18 +88,19 @@ def shard_errors(
         reduce = sum_over(groups)
         mine = gated(gate, part, reduce=reduce)
 
-        drift_N = whole.drift_N.chunk(shards)[rank]
-        sums = reduce(drift_sums(mine, part["mask_N"], batch["block_index_S"], ROWS, owns_blocks=rank == 0))
+        drift_N = whole.drift_n.chunk(shards)[rank]
+        sums = NamedSums(drift_sums(mine, part["mask_N"], batch["block_index_S"], ROWS, owns_blocks=rank == 0))
+        summed = sums.over(reduce)
         whole_sums = drift_sums(whole, batch["mask_N"], batch["block_index_S"], ROWS, owns_blocks=True)
         pairs = {
             # Weights are float32 of a float64 sum: the last bit may round the other way.
-            "weight": ((mine.weight_N - whole.weight_N.chunk(shards)[rank]).abs(), 2e-7),
-            "gate": ((mine.gate_N - whole.gate_N.chunk(shards)[rank]).abs(), 2e-7),
-            "drift": ((mine.drift_N - drift_N).abs(), 0.0),
+            "weight": ((mine.weight_n - whole.weight_n.chunk(shards)[rank]).abs(), 2e-7),
+            "gate": ((mine.gate_n - whole.gate_n.chunk(shards)[rank]).abs(), 2e-7),
+            "drift": ((mine.drift_n - drift_N).abs(), 0.0),
             "mass": ((reduce(mine.mass.clone()) - whole.mass).abs(), 1e-12),
             "block_drift": ((mine.block_drift_S - whole.block_drift_S).abs(), 1e-12),
             "block_count": ((mine.block_count_S - whole.block_count_S).abs(), 0.0),
-            "diagnostics": ((sums - whole_sums).abs(), 1e-5),
+            **{f"sum of {sum_}": ((summed[sum_] - values).abs(), 1e-5) for sum_, values in whole_sums.items()},
         }
         for field, (error, tolerance) in pairs.items():
             if float(error.max()) > tolerance:
@@ -169,8 +181,8 @@ def test_statistics_of_no_tokens() -> None:
     """An empty micro-batch, as a rank without work sees it, adds nothing."""
     index_N, real_N = pad_to_multiple(torch.arange(0), 2)
     zeros_N = torch.zeros(len(index_N))
-    result = Gate()(zeros_N, zeros_N, real_N, index_N, 1, index_N, 1)
+    everything = Segments(index_N, 1)
+    result = Gate()(Signals(zeros_N, zeros_N, real_N, everything, everything))
     sums = drift_sums(result, real_N, torch.zeros(1, dtype=torch.int64), ROWS, owns_blocks=True)
-    assert not sums.any()
-    assert len(sums) == num_sums(ROWS)
+    assert not any(values.any() for values in sums.values())
     assert drift_statistics(sums) == {}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_bpdg.drift import FixedBlocks, Gate, Gated
+from megatron_bpdg.drift import FixedBlocks, Gate, Gated, Segments, Signals
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,25 @@ class Batch:
             offset = int(blocks[-1][-1]) + 1
         return torch.cat(blocks)
 
-    def gate(self, gate: Gate, **changes: Tensor) -> Gated:
-        """`gate` on this batch; `changes` replace the log-probs or the mask."""
+    def signals(self, **changes: Tensor) -> Signals:
+        """`changes` replace the log-probs or the mask."""
         block_N = self.block_N
-        return gate(
+        return Signals(
             changes.get("logprobs_N", self.logprobs_N),
             changes.get("old_logprobs_N", self.old_logprobs_N),
             changes.get("mask_N", self.mask_N),
-            block_N,
-            int(block_N.max()) + 1,
-            self.sequence_N,
-            len(self.lengths),
+            blocks=Segments(block_N, int(block_N.max()) + 1),
+            sequences=Segments(self.sequence_N, len(self.lengths)),
         )
+
+    def gate(self, gate: Gate, **changes: Tensor) -> Gated:
+        """`gate` on this batch, with `changes` as in `signals`."""
+        return gate(self.signals(**changes))
 
     def loss(self, gate: Gate, **changes: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted loss sum, mass): what one micro-batch adds to an optimizer step."""
         gated = self.gate(gate, **changes)
-        return (gated.weight_N * torch.where(self.mask_N, self.loss_N, 0.0)).sum(), gated.mass
+        return (gated.weight_n * torch.where(self.mask_N, self.loss_N, 0.0)).sum(), gated.mass
 
     def micro_batches(self, size: int) -> list[Batch]:
         """The same sequences, `size` at a time."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_bpdg.drift import Gate
-from megatron_bpdg.drift.diagnostics import BINS, drift_by_block, drift_statistics, drift_sums, num_sums
+from megatron_bpdg.drift.diagnostics import BINS, drift_by_block, drift_shapes, drift_statistics, drift_sums
+from megatron_bpdg.drift.sums import NamedSums
 from tests.unit.gate_batches import Batch, batches
 
 ROWS = 6
@@ -22,8 +23,8 @@ def block_index(batch: Batch) -> Tensor:
     return torch.cat([torch.arange(-(-length // batch.block_size)) for length in batch.lengths])
 
 
-def sums_of(batch: Batch, gate: Gate, rows: int = ROWS, owns_blocks: bool = True) -> Tensor:
-    return drift_sums(batch.gate(gate), batch.mask_N, block_index(batch), rows, owns_blocks)
+def sums_of(batch: Batch, gate: Gate, rows: int = ROWS, owns_blocks: bool = True) -> NamedSums:
+    return NamedSums(drift_sums(batch.gate(gate), batch.mask_N, block_index(batch), rows, owns_blocks))
 
 
 def batch_of(drift: list[float], lengths: list[int], block_size: int, mask: list[bool] | None = None) -> Batch:
@@ -49,8 +50,24 @@ def test_by_hand() -> None:
     assert drift == pytest.approx([(2 * 1.0 + 1 * 0.5) / 3, 0.0])
 
 
-def test_length_of_the_vector() -> None:
-    assert len(sums_of(batch_of([1.0], [1], 1), Gate(), rows=9)) == num_sums(9)
+def test_names_and_sizes_of_the_sums() -> None:
+    """What a rank without tokens holds is what the others add to."""
+    zeros, sums = NamedSums.zeros(drift_shapes(9)), sums_of(batch_of([1.0], [1], 1), Gate(), rows=9)
+    assert {name: tuple(values.shape) for name, values in zeros.items()} == {
+        name: tuple(values.shape) for name, values in sums.items()
+    }
+    assert {values.dtype for values in sums.values()} == {torch.float64}
+
+
+def assert_same_sums(actual: NamedSums, expected: NamedSums) -> None:
+    torch.testing.assert_close(dict(actual), dict(expected), rtol=1e-9, atol=1e-9)
+
+
+def total(parts: list[NamedSums]) -> NamedSums:
+    sums = NamedSums.zeros(drift_shapes(ROWS))
+    for part in parts:
+        sums.add(part)
+    return sums
 
 
 def test_cancellation_is_one_where_signs_agree_and_zero_where_they_cancel() -> None:
@@ -68,7 +85,7 @@ def test_cancellation_lies_between_zero_and_one(batch: Batch) -> None:
 
 
 def test_no_tokens_no_statistics() -> None:
-    sums = torch.zeros(num_sums(ROWS), dtype=torch.float64)
+    sums = NamedSums.zeros(drift_shapes(ROWS))
     assert drift_statistics(sums) == {}
     assert drift_by_block(sums) == ([], [])
 
@@ -89,7 +106,7 @@ def test_blocks_beyond_the_last_row_share_it() -> None:
 @given(batches(min_sequences=2), st.integers(1, 3))
 def test_sums_add_up_over_micro_batches(batch: Batch, size: int) -> None:
     parts = [sums_of(part, Gate()) for part in batch.micro_batches(size)]
-    torch.testing.assert_close(torch.stack(parts).sum(0), sums_of(batch, Gate()), rtol=1e-9, atol=1e-9)
+    assert_same_sums(total(parts), sums_of(batch, Gate()))
 
 
 @given(batches())
@@ -99,15 +116,15 @@ def test_only_the_owner_counts_blocks(batch: Batch) -> None:
     index_S = block_index(batch)
     half_N = torch.arange(len(batch.mask_N)) < len(batch.mask_N) // 2
     shards = [
-        drift_sums(whole, batch.mask_N & half_N, index_S, ROWS, owns_blocks=True),
-        drift_sums(whole, batch.mask_N & ~half_N, index_S, ROWS, owns_blocks=False),
+        NamedSums(drift_sums(whole, batch.mask_N & half_N, index_S, ROWS, owns_blocks=True)),
+        NamedSums(drift_sums(whole, batch.mask_N & ~half_N, index_S, ROWS, owns_blocks=False)),
     ]
-    torch.testing.assert_close(shards[0] + shards[1], sums_of(batch, Gate()), rtol=1e-9, atol=1e-9)
+    assert_same_sums(total(shards), sums_of(batch, Gate()))
 
 
 @given(batches())
 def test_statistics_agree_with_the_gates(batch: Batch) -> None:
-    gate_N = batch.gate(Gate()).gate_N[batch.mask_N].double()
+    gate_N = batch.gate(Gate()).gate_n[batch.mask_N].double()
     statistics = drift_statistics(sums_of(batch, Gate()))
     assert statistics["gate/mean"] == pytest.approx(float(gate_N.mean()), rel=1e-6)
     assert 0 < statistics["gate/ess"] <= 1 + 1e-9
@@ -116,3 +133,24 @@ def test_statistics_agree_with_the_gates(batch: Batch) -> None:
         exact = float(torch.quantile(gate_N, q, interpolation="lower"))
         above = float(torch.quantile(gate_N, q, interpolation="higher"))
         assert exact - 1 / BINS - 1e-6 <= statistics[name] <= above + 1e-6
+
+
+def test_named_sums_go_through_one_collective_in_any_order_of_their_names() -> None:
+    calls = []
+
+    def twice(flat: Tensor) -> Tensor:
+        calls.append(len(flat))
+        return 2 * flat
+
+    sums = NamedSums.zeros({"a": 0, "b": 3})
+    for part in ({"b": torch.arange(3.0), "a": torch.tensor(5.0)}, {"a": torch.tensor(1.0), "b": torch.ones(3)}):
+        sums.add(part)
+    done = sums.over(twice)
+    assert (calls, float(done["a"]), done["b"].tolist()) == ([4], 12.0, [2.0, 4.0, 6.0])
+    assert done["b"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], ["a", "c"]])
+def test_sums_of_other_names_are_not_added(names: list[str]) -> None:
+    with pytest.raises(KeyError, match="sums that only one side has"):
+        NamedSums.zeros({"a": 0, "b": 0}).add({name: torch.ones(()) for name in names})

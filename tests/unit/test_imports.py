@@ -21,7 +21,9 @@ USES = {
 def test_what_is_not_loaded(use: str) -> None:
     statement, never = USES[use]
     code = f"import sys; {statement}; print(*(name.partition('.')[0] for name in sys.modules))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert "megatron_bpdg" in loaded
     assert not never & loaded
 

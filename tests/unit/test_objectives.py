@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from megatron_bpdg.config.schema import ObjectiveConfig
+from megatron_bpdg.drift import Segments, Signals, TeacherSignal
 from megatron_bpdg.objectives.divergence import divergence, forward_kl, jsd, reverse_kl
 from megatron_bpdg.objectives.local_support import local_support_loss, log_rest
-from megatron_bpdg.objectives.objective import TeacherSignal, build_objective
 from megatron_bpdg.objectives.sampled_token import sampled_token_loss
 from megatron_bpdg.objectives.vocabulary import DenseVocab, ordered_topk
+from megatron_bpdg.training.method import build_objective
 
 N, V, K = 5, 9, 4
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": lambda p, q, total: jsd(p, q, total, 0.3)}
@@ -544,7 +545,8 @@ def test_every_field_of_a_config_arrives(config: dict[str, Any], expected: str) 
     student, said = DenseVocab(logits, V), DenseVocab(teacher, V)
     logp, old = student.logprob(sampled), student.logprob(sampled) + normal(N, seed=9, scale=0.5)
     values, support = said.topk(K)
-    signal = TeacherSignal(said.logprob(sampled), support, values - said.logsumexp()[:, None], said)
+    signal = TeacherSignal(said.logprob(sampled), support, values - said.logsumexp()[:, None], said.log_softmax())
+    everything = Segments(torch.zeros_like(sampled), 1)
     log_p, log_q = student.log_softmax(), said.log_softmax()
     losses = {
         "sampled_token": lambda: sampled_token_loss(
@@ -556,7 +558,10 @@ def test_every_field_of_a_config_arrives(config: dict[str, Any], expected: str) 
         "sft": lambda: -logp,
         **{name: lambda name=name: DIVERGENCES[name](log_p, log_q, last_sum) for name in DIVERGENCES},  # type: ignore[misc]
     }
-    actual = build(**config)(student, sampled, logp, old, signal)
+    signals = Signals(
+        logp, old, torch.ones_like(sampled, dtype=torch.bool), everything, everything, sampled_N=sampled, teacher=signal
+    )
+    actual = build(**config)(student, signals)
     torch.testing.assert_close(actual, losses[expected]())
 
 

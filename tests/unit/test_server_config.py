@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.training.method import build_objective, check_objective
 
 SERVED: dict[str, Any] = {
     "output": "runs/x",
@@ -20,6 +21,10 @@ SERVED: dict[str, Any] = {
 
 def config(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(SERVED | changes)
+
+
+def checked(cfg: RunConfig) -> None:
+    check_objective(cfg, build_objective(cfg.objective))
 
 
 def test_a_run_with_two_servers() -> None:
@@ -71,14 +76,24 @@ def test_a_run_with_two_servers() -> None:
 )
 def test_what_does_not_go_together(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem.replace("{", r"\{").replace("...", ".*")):
-        config(**changes)
+        checked(config(**changes))
 
 
 def test_a_served_teacher_at_another_temperature_is_for_renormalised_supports() -> None:
     rollout = SERVED["rollout"] | {"sampling": {"temperature": 0.7}}
-    config(rollout=rollout)
+    checked(config(rollout=rollout))
     for objective in ({"name": "sampled_token"}, {"name": "lsm", "outside": "tail_bucket"}):
         with pytest.raises(
             ValueError, match=r"temperature = 0\.7 with teacher.engine: sglang: servers score given tokens"
         ):
-            config(rollout=rollout, objective=objective)
+            checked(config(rollout=rollout, objective=objective))
+
+
+@pytest.mark.parametrize("head", ["chunked", "fused"])
+def test_a_head_without_logits_has_no_sum_over_the_vocabulary(head: str) -> None:
+    here = {"teacher": {"checkpoint": "teacher"}, "training": {"head": head}}
+    checked(config(**here))
+    with pytest.raises(
+        ValueError, match=rf"training\.head: {head} never makes the logits, and objective\.name: jsd is"
+    ):
+        checked(config(**here, objective={"name": "jsd"}))
