@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megatron_bpdg.checkpoint.config import hf_config_of
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.checkpoint.raw import load_foreign
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.models.hf_config import hf_config_of
 
 _MODEL_FIELDS = (
     "model_type",

@@ -20,7 +20,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_bpdg.checkpoint.config import hf_config_of, read_hf_config
 from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source, write_hf_folder
 from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
@@ -38,6 +37,7 @@ from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMappi
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
+from megatron_bpdg.models.hf_config import hf_config_of, read_hf_config
 from megatron_bpdg.tracking.files import write_text
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

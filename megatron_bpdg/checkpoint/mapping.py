@@ -3,7 +3,7 @@
 Tables are built afresh for every config and never stored on a class or module: a tied model must not be able to change
 the mapping of an untied one that lives beside it (the usual pair in distillation).
 
-To add a family of the same shape, add a line to `FAMILIES`; its config fields go to `config.py`.
+To add a family of the same shape, see `models/families.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from megatron_bpdg.checkpoint.patterns import (
     VocabRows,
     Weight,
 )
+from megatron_bpdg.models.families import FAMILIES, Family, moe_layers
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
@@ -52,29 +53,6 @@ _MAX_SUGGESTIONS = 40
 
 class MappingError(ValueError):
     """The tensors of a checkpoint or model are not those that its config asks for."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """In what a model family departs from Llama's layer.
-
-    Attributes:
-        qk_norm: RMSNorm on each query and key head.
-        qkv_bias: biases on q, k and v (and on no other matrix).
-        moe: experts instead of one MLP.
-    """
-
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    moe: bool = False
-
-
-FAMILIES = {
-    "qwen3": Family(qk_norm=True),
-    "qwen3_moe": Family(qk_norm=True, moe=True),
-    "qwen2": Family(qkv_bias=True),
-    "llama": Family(),
-}
 
 
 @dataclass(frozen=True)
@@ -207,7 +185,7 @@ def raise_on_mismatch(expected: Iterable[str], found: Iterable[str], wrong: Mapp
 
 
 def mapping_for(config: Mapping[str, Any], padded_vocab_size: int | None = None) -> ModelMapping:
-    """The table of the model that an HF config (see `config.read_hf_config`) describes.
+    """The table of the model that an HF config (see `read_hf_config`) describes.
 
     Args:
         config: normalised config.json.
@@ -231,15 +209,6 @@ def mapping_for(config: Mapping[str, Any], padded_vocab_size: int | None = None)
     if not tied:
         weights.append(VocabRows(OUTPUT_LAYER, (LM_HEAD,), ((V, H),), padded_vocab_size))
     return ModelMapping(tuple(weights), tied, moe)
-
-
-def moe_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """For each layer, whether it has experts, by HF's rule over `mlp_only_layers` and `decoder_sparse_step`."""
-    layers = range(config["num_hidden_layers"])
-    if not FAMILIES[config["model_type"]].moe:
-        return (False,) * len(layers)
-    dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
-    return tuple(i not in dense and (i + 1) % step == 0 for i in layers)
 
 
 def _attention(hf: str, mg: str, config: Mapping[str, Any], family: Family) -> list[Weight]:
@@ -296,13 +265,11 @@ def _experts(hf: str, mg: str, config: Mapping[str, Any]) -> list[Weight]:
 
 
 __all__ = [
-    "FAMILIES",
     "QKV",
     "ColumnParallel",
     "Expert",
     "ExpertGatedMLP",
     "ExpertRowParallel",
-    "Family",
     "GatedMLP",
     "MappingError",
     "ModelMapping",
@@ -311,5 +278,4 @@ __all__ = [
     "VocabRows",
     "Weight",
     "mapping_for",
-    "moe_layers",
 ]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.cast import Cast
-from megatron_bpdg.checkpoint.config import hf_config_of
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.hf_writer import emits_lm_head
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping, mapping_for
 from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.models.hf_config import hf_config_of
 
 
 class MegatronSource(Protocol):

@@ -101,7 +101,7 @@ def _diagnose_servers(
     console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None
 ) -> bool:
     from megatron_bpdg.checkpoint.directory import hf_folder
-    from megatron_bpdg.checkpoint.hf import read_hf_config
+    from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.serving.http.client import api_key
 
     key = api_key(api_key_env, "--api-key-env")
@@ -180,11 +180,11 @@ def _run_tiny_model() -> str | None:
     import torch
 
     from megatron_bpdg.config.schema import Layout
-    from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
+    from megatron_bpdg.models.qwen3 import ModelShape, build_model
     from megatron_bpdg.parallel.platform import default_device
     from megatron_bpdg.parallel.world import world
 
-    shape = Qwen3Shape(2, 32, 64, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=16)
+    shape = ModelShape(2, 32, 64, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=16)
     try:
         with world(Layout(), seed=0):
             model = build_model(shape, Layout(), torch.float32)

@@ -28,24 +28,28 @@ def init(
     quiet_libraries()
 
     import torch
+    from transformers import Qwen3Config
 
     from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
-    from megatron_bpdg.models.hf_config import write_qwen3_config
+    from megatron_bpdg.models.hf_config import read_hf_config
+    from megatron_bpdg.models.shape import ModelShape
 
     if target.exists():
         raise ValueError(f"{target} exists; choose a new directory")
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        write_qwen3_config(
-            config,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=kv_heads,
+        Qwen3Config(
+            architectures=["Qwen3ForCausalLM"],
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            ffn=ffn,
             vocab_size=vocab_size,
-            tied=tied,
-        )
-        write_fresh_checkpoint(config, tokenizer, target, seed=seed, dtype=torch.float32)
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        ).save_pretrained(folder)
+        ModelShape.from_hf(read_hf_config(folder))
+        write_fresh_checkpoint(Path(folder), tokenizer, target, seed=seed, dtype=torch.float32)
     console.print(f"written: {target}")

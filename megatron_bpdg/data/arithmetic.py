@@ -19,8 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import Qwen3Config
+
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer, write_char_tokenizer
-from megatron_bpdg.models.hf_config import write_qwen3_config
 from megatron_bpdg.tracking.files import replacing
 
 ALPHABET = "0123456789+-=#\n"
@@ -193,20 +194,21 @@ def make_quickstart(out_dir: Path, seed: int, num_train: int, num_test: int) -> 
     for name, hidden, tied in (("teacher", 128, False), ("student", 96, True)):
         folder = out_dir / name
         folder.mkdir(exist_ok=True)
-        write_qwen3_config(
-            folder / "config.json",
-            layers=4,
-            hidden=hidden,
-            heads=4,
-            kv_heads=2,
+        Qwen3Config(
+            architectures=["Qwen3ForCausalLM"],
+            num_hidden_layers=4,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             head_dim=hidden // 4,
-            ffn=2 * hidden,
             vocab_size=len(tokenizer),
-            tied=tied,
-            max_positions=256,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        )
+        ).save_pretrained(folder)
 
 
 def _with_slip(task: ArithmeticTask, rng: random.Random, index: int, prompt: str) -> dict[str, str]:

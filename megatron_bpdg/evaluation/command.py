@@ -10,7 +10,6 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
-from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.schema import Layout, Sampling
 from megatron_bpdg.data.graders import get_grader
@@ -18,6 +17,7 @@ from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_proble
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
 from megatron_bpdg.evaluation.bootstrap import bootstrap
 from megatron_bpdg.evaluation.evaluate import evaluate
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.tracking.tables import summary_table

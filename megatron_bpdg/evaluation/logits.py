@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_bpdg.checkpoint.config import read_hf_config
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.checkpoint.mapping import MappingError
 from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.qwen3 import build_model
-from megatron_bpdg.models.shape import Qwen3Shape
+from megatron_bpdg.models.shape import ModelShape
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.world import world
 
@@ -97,7 +97,7 @@ def _hf_logits(hf: Path, ids_T: Tensor) -> Tensor:
 def _megatron_logits(megatron: Path, ids_T: Tensor) -> Tensor:
     config = read_hf_config(hf_folder(megatron))
     with world(Layout(), seed=0):
-        model = build_model(Qwen3Shape.from_hf(config), Layout(), torch.float32).eval()
+        model = build_model(ModelShape.from_hf(config), Layout(), torch.float32).eval()
         load_weights([model], megatron)
         ids_BT = ids_T[None].to(default_device())
         positions_BT = torch.arange(len(ids_T), device=ids_BT.device)[None]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.data.batch import MicroBatch, collate
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, Qwen3Shape
+from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, ModelShape
 from megatron_bpdg.objectives.vocabulary import VocabOps
 from megatron_bpdg.parallel.head import Head, response_states
 from megatron_bpdg.parallel.platform import default_device
@@ -78,7 +78,7 @@ class MegatronPolicy:
     """
 
     def __init__(
-        self, module: nn.Module, shape: Qwen3Shape, layout: Layout, *, packed: bool = False, head: Head | None = None
+        self, module: nn.Module, shape: ModelShape, layout: Layout, *, packed: bool = False, head: Head | None = None
     ) -> None:
         self.module = module
         self.shape = shape

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_bpdg.config.schema import Layout
-from megatron_bpdg.models.shape import Qwen3Shape, check_layout, padded_vocab_size
+from megatron_bpdg.models.shape import ModelShape, check_layout, padded_vocab_size
 from megatron_bpdg.models.specs import block_spec, transformer_engine_available
 from megatron_bpdg.parallel.platform import cpu_platform_enabled, default_device
 
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     dtype: torch.dtype,
     *,
@@ -94,13 +94,13 @@ def transformer_config(
     )
 
 
-def _softmax_scale(shape: Qwen3Shape) -> float | None:
+def _softmax_scale(shape: ModelShape) -> float | None:
     # YaRN multiplies queries and keys alike, the whole head: the same as a factor on their product.
     attention = 1.0 if shape.rope_scaling is None else shape.rope_scaling.attention
     return attention**2 / math.sqrt(shape.head_dim)
 
 
-def _expert_fields(shape: Qwen3Shape, layout: Layout) -> dict[str, Any]:
+def _expert_fields(shape: ModelShape, layout: Layout) -> dict[str, Any]:
     """Softmax over all experts, the top k, no capacity limit and no load-balancing or z-loss: HF's forward pass.
 
     Megatron-Core takes the softmax after the choice by default, which renormalises the chosen weights to 1. Logits and
@@ -148,7 +148,7 @@ class HiddenStateGPTModel(GPTModel):
 
 
 def build_model(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     dtype: torch.dtype,
     *,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bpdg.checkpoint.mapping import FAMILIES, moe_layers
 from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.models.families import FAMILIES, moe_layers
 from megatron_bpdg.models.rope import RopeScaling, rope_scaling
 
 
@@ -58,7 +58,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Qwen3Shape:
+class ModelShape:
     """Sizes of a model of Qwen3's build, in HF's terms: Qwen3 and Qwen3-MoE, and Qwen2 and Llama by the two flags.
 
     `head_dim` is a field of its own: hidden_size / num_attention_heads is wrong for 0.6B, 4B and 32B.
@@ -86,8 +86,17 @@ class Qwen3Shape:
     qk_norm: bool = True
     qkv_bias: bool = False
 
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads} must divide num_attention_heads = "
+                f"{self.num_attention_heads}"
+            )
+
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Qwen3Shape:
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelShape:
         """Of a config as `read_hf_config` gives it.
 
         Raises:
@@ -124,14 +133,14 @@ class Qwen3Shape:
 
 # Published models (HF config.json of each release).
 SIZES = {
-    "0.6B": Qwen3Shape(28, 1024, 3072, 16, 8, tie_word_embeddings=True),
-    "1.7B": Qwen3Shape(28, 2048, 6144, 16, 8, tie_word_embeddings=True),
-    "4B": Qwen3Shape(36, 2560, 9728, 32, 8, tie_word_embeddings=True),
-    "8B": Qwen3Shape(36, 4096, 12_288, 32, 8, tie_word_embeddings=False),
-    "14B": Qwen3Shape(40, 5120, 17_408, 40, 8, tie_word_embeddings=False),
-    "32B": Qwen3Shape(64, 5120, 25_600, 64, 8, tie_word_embeddings=False),
-    "30B-A3B": Qwen3Shape(48, 2048, 6144, 32, 4, tie_word_embeddings=False, experts=Experts(128, 8, 768)),
-    "235B-A22B": Qwen3Shape(94, 4096, 12_288, 64, 4, tie_word_embeddings=False, experts=Experts(128, 8, 1536)),
+    "0.6B": ModelShape(28, 1024, 3072, 16, 8, tie_word_embeddings=True),
+    "1.7B": ModelShape(28, 2048, 6144, 16, 8, tie_word_embeddings=True),
+    "4B": ModelShape(36, 2560, 9728, 32, 8, tie_word_embeddings=True),
+    "8B": ModelShape(36, 4096, 12_288, 32, 8, tie_word_embeddings=False),
+    "14B": ModelShape(40, 5120, 17_408, 40, 8, tie_word_embeddings=False),
+    "32B": ModelShape(64, 5120, 25_600, 64, 8, tie_word_embeddings=False),
+    "30B-A3B": ModelShape(48, 2048, 6144, 32, 4, tie_word_embeddings=False, experts=Experts(128, 8, 768)),
+    "235B-A22B": ModelShape(94, 4096, 12_288, 64, 4, tie_word_embeddings=False, experts=Experts(128, 8, 1536)),
 }
 
 
@@ -143,7 +152,7 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
-def check_layout(shape: Qwen3Shape, layout: Layout) -> None:
+def check_layout(shape: ModelShape, layout: Layout) -> None:
     """Raise ValueError naming every size that the layout does not divide, and what else does not go together."""
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
     divisible = {

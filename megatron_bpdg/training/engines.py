@@ -11,14 +11,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_bpdg.checkpoint.directory import hf_folder
-from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.schema import Teacher as TeacherConfig
 from megatron_bpdg.data.prompts import special_ids
 from megatron_bpdg.data.trajectory import Trajectory
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
-from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
+from megatron_bpdg.models.qwen3 import DTYPES, ModelShape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.together import everyone, wait_together
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
@@ -75,7 +75,7 @@ def teacher_source(cfg: TeacherConfig) -> Path:
             )
         return served
     if readable:
-        ours, theirs = (Qwen3Shape.from_hf(read_hf_config(hf_folder(path))) for path in (cfg.checkpoint, served))
+        ours, theirs = (ModelShape.from_hf(read_hf_config(hf_folder(path))) for path in (cfg.checkpoint, served))
         if ours != theirs:
             raise ValueError(
                 f"teacher.checkpoint: {cfg.checkpoint} is a model of another shape than {served}, which "
@@ -85,7 +85,7 @@ def teacher_source(cfg: TeacherConfig) -> Path:
 
 
 def build_teacher(
-    cfg: RunConfig, needs: TeacherNeeds, student: MegatronPolicy, tokenizer: Any, source: Path, shape: Qwen3Shape
+    cfg: RunConfig, needs: TeacherNeeds, student: MegatronPolicy, tokenizer: Any, source: Path, shape: ModelShape
 ) -> Teacher:
     """The teacher that the config names, its model loaded or its servers asked.
 

@@ -21,7 +21,7 @@ from megatron_bpdg.drift import Partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
-from megatron_bpdg.models.qwen3 import Qwen3Shape
+from megatron_bpdg.models.qwen3 import ModelShape
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.behaviour import Behaviour
@@ -47,7 +47,7 @@ class Run:
     engine: RolloutEngine
     prompts: Prompts = field(default_factory=Prompts)
     benchmarks: dict[str, Prompts] = field(default_factory=dict)
-    teacher_shape: Qwen3Shape | None = None
+    teacher_shape: ModelShape | None = None
     _teacher: Teacher | None = None
 
     @property

@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
-from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import GateConfig, RunConfig, Sampling, Training
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import Gate
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
-from megatron_bpdg.models.qwen3 import DTYPES, Qwen3Shape, build_model
+from megatron_bpdg.models.qwen3 import DTYPES, ModelShape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
@@ -62,7 +62,7 @@ def build_run(cfg: RunConfig) -> Run:
         needs = run.updater.objective.needs
         source = teacher_source(cfg.teacher)
         teacher_folder = _folder(source, "teacher.checkpoint")
-        teacher_shape = run.teacher_shape = Qwen3Shape.from_hf(read_hf_config(teacher_folder))
+        teacher_shape = run.teacher_shape = ModelShape.from_hf(read_hf_config(teacher_folder))
         _check_same_vocabulary(run, teacher_shape, teacher_folder)
         if needs.top_k > teacher_shape.vocab_size:
             raise ValueError(f"objective.top_k = {needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
@@ -107,7 +107,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
     source = cfg.student.checkpoint or _fresh_checkpoint(cfg)
     folder = _folder(source, "student.checkpoint")
     hf_config = read_hf_config(folder)
-    shape = Qwen3Shape.from_hf(hf_config)
+    shape = ModelShape.from_hf(hf_config)
     dtype = DTYPES[cfg.student.dtype]
     tokenizer = AutoTokenizer.from_pretrained(cfg.student.tokenizer or folder, local_files_only=True)
     if len(tokenizer) > shape.vocab_size:
@@ -211,7 +211,7 @@ def _folder(checkpoint: Path, field_name: str) -> Path:
         raise ValueError(f"{field_name}: {error}") from error
 
 
-def _rooms(cfg: RunConfig, role: str, shape: Qwen3Shape) -> dict[str, int]:
+def _rooms(cfg: RunConfig, role: str, shape: ModelShape) -> dict[str, int]:
     """Longest prompt and response together of a role, in tokens, by whose limit it is. Collective over the world."""
     rooms = {f"the {role}'s {shape.max_position_embeddings} positions": shape.max_position_embeddings}
     section = cfg.rollout if role == "student" else cfg.teacher
@@ -251,7 +251,7 @@ def _check_payload_fits(cfg: RunConfig, run: Run) -> None:
         )
 
 
-def _check_same_vocabulary(run: Run, teacher: Qwen3Shape, teacher_folder: Path) -> None:
+def _check_same_vocabulary(run: Run, teacher: ModelShape, teacher_folder: Path) -> None:
     student = run.student.shape
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import Qwen3Config
 
 from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config import RunConfig, load_config
 from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, make_arithmetic
-from megatron_bpdg.models.hf_config import write_qwen3_config
 
 VOCAB = len(ALPHABET) + 2
 POSITIONS = 64
@@ -80,28 +80,31 @@ class Miniature:
 def make_miniature(root: Path) -> Miniature:
     miniature = Miniature(root)
     tokenizer = make_arithmetic(miniature.task, seed=0, num_train=64, num_test=6, task=TASK)["tokenizer"]
-    write_shape(miniature.shape)
+    write_shape(miniature.shape.parent)
     write_model(miniature.student, miniature.shape, tokenizer, seed=0)
     write_model(miniature.teacher, miniature.shape, tokenizer, seed=1)
     return miniature
 
 
-def write_shape(path: Path, **changes: Any) -> Path:
+def write_shape(folder: Path, **changes: Any) -> Path:
+    """A config.json in `folder`."""
     sizes: dict[str, Any] = {
-        "layers": 2,
-        "hidden": 32,
-        "heads": 4,
-        "kv_heads": 2,
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 8,
-        "ffn": 48,
         "vocab_size": VOCAB,
-        "tied": True,
-        "max_positions": POSITIONS,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": POSITIONS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-    write_qwen3_config(path, **(sizes | changes))
-    return path
+    Qwen3Config(**(sizes | changes)).save_pretrained(folder)
+    return folder / "config.json"
 
 
 def write_model(target: Path, shape: Path, tokenizer: Path, seed: int) -> Path:

@@ -16,7 +16,7 @@ from megatron_bpdg import cli
 from megatron_bpdg.config.schema import Layout
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.models.qwen3 import Qwen3Shape, check_layout
+from megatron_bpdg.models.qwen3 import ModelShape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
@@ -66,7 +66,7 @@ def config(miniature: Miniature, tmp_path: Path) -> Path:
 
 
 def _other_vocabulary(miniature: Miniature, root: Path) -> Path:
-    shape = write_shape(root / "wide" / "config.json", vocab_size=VOCAB + 3)
+    shape = write_shape(root / "wide", vocab_size=VOCAB + 3)
     return write_model(root / "other", shape, miniature.task / "tokenizer", seed=2)
 
 
@@ -128,7 +128,7 @@ def test_vocabularies_that_differ(config: Path, refused: Refuse, miniature: Mini
 
 
 def test_layouts_that_do_not_divide_the_model() -> None:
-    shape = Qwen3Shape(2, 32, 48, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=VOCAB)
+    shape = ModelShape(2, 32, 48, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=VOCAB)
     with pytest.raises(ValueError, match=r"layout\.tensor_parallel: 4 does not divide num_key_value_heads = 2; choose"):
         check_layout(shape, Layout(tensor_parallel=4))
     with pytest.raises(ValueError, match=r"pipeline_parallel: 3 does not divide num_hidden_layers = 2"):
@@ -137,7 +137,7 @@ def test_layouts_that_do_not_divide_the_model() -> None:
 
 
 def test_an_error_of_the_ranks_is_shown_once(miniature: Miniature, tmp_path: Path) -> None:
-    shape = write_shape(tmp_path / "odd" / "config.json", kv_heads=1)
+    shape = write_shape(tmp_path / "odd", num_key_value_heads=1)
     odd = write_model(tmp_path / "student", shape, miniature.task / "tokenizer", seed=3)
     path = miniature.write(
         tmp_path / "run.yaml",

@@ -108,7 +108,7 @@ class World:
 
 def write_fixed(target: Path, miniature: Miniature, probabilities: Tensor, layers: int) -> None:
     """A model that predicts every token with `probabilities`."""
-    shape = write_shape(target.with_suffix(".json"), tied=False, layers=layers)
+    shape = write_shape(target.with_name(f"{target.name}-shape"), tie_word_embeddings=False, num_hidden_layers=layers)
     write_model(target, shape, miniature.task / "tokenizer", seed=0)
 
     def fixed(name: str, tensor: Tensor) -> Tensor:

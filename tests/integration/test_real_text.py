@@ -75,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = _write_tokenizer(root / "tokenizer")
     # As published: more rows in the embedding than the tokenizer has ids.
     vocab = len(AutoTokenizer.from_pretrained(tokenizer)) + 13
-    shape = write_shape(root / "config.json", vocab_size=vocab, max_positions=POSITIONS, tied=True)
+    shape = write_shape(root, vocab_size=vocab, max_position_embeddings=POSITIONS)
     for seed, name in enumerate(("student", "teacher")):
         write_model(root / name, shape, tokenizer, seed)
     return root

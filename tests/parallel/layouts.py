@@ -86,11 +86,11 @@ def run_case(
     case: Case, models: Path, updates: Iterable[str] = tuple(UPDATES), train_steps: int = TRAIN_STEPS
 ) -> dict[str, Any]:
     """Gradients and statistics of one gated step per objective, then a short training; HF names, full tensors."""
-    from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
     from megatron_bpdg.config.schema import Layout, Training
+    from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches
-    from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
+    from megatron_bpdg.models.qwen3 import ModelShape, build_model
     from megatron_bpdg.parallel.head import Head
     from megatron_bpdg.parallel.world import world
     from megatron_bpdg.teacher.megatron import MegatronTeacher
@@ -100,9 +100,9 @@ def run_case(
     layout = Layout(**case.layout)
     with world(layout, seed=0):
 
-        def load(role: str, fusion: bool = False) -> tuple[Any, Qwen3Shape]:
+        def load(role: str, fusion: bool = False) -> tuple[Any, ModelShape]:
             path = models / case.kind / role
-            shape = Qwen3Shape.from_hf(read_hf_config(path))
+            shape = ModelShape.from_hf(read_hf_config(path))
             model = build_model(shape, layout, torch.float32, gradient_accumulation_fusion=fusion)
             load_weights([model], path)
             return model, shape

@@ -51,12 +51,12 @@ def causal_bias(*sizes: int) -> Any:
 
 def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tuple[int, str]]:
     """The largest tensor of teacher scoring, old log-probs and one update, by head and objective; and the limits."""
-    from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.checkpoint.live import load_weights
     from megatron_bpdg.config.schema import Layout, ObjectiveConfig, Training
     from megatron_bpdg.drift import Gate
+    from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches
-    from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
+    from megatron_bpdg.models.qwen3 import ModelShape, build_model
     from megatron_bpdg.objectives.objective import TeacherNeeds
     from megatron_bpdg.parallel.head import Head
     from megatron_bpdg.parallel.world import world
@@ -74,7 +74,7 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
         # It refuses a CPU, where only Triton's interpreter runs its kernels.
         mock.patch.object(Head, "check_device"),
     ):
-        shape = Qwen3Shape.from_hf(read_hf_config(models))
+        shape = ModelShape.from_hf(read_hf_config(models))
         model = build_model(shape, layout, torch.float32)
         load_weights([model], models)
         teacher_model = build_model(shape, layout, torch.float32)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
-from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
 from megatron_bpdg.config.schema import Layout, Sampling
 from megatron_bpdg.data.batch import collate
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
-from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
+from megatron_bpdg.models.qwen3 import ModelShape, build_model
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Request, Response, generate
@@ -26,7 +26,7 @@ PROMPTS = [[5], [3, 4, 5, 6, 7, 8, 9], [2, 2, 2], [17, 3, 9, 9, 4], [6, 7], [8] 
 
 
 def _policy(checkpoint: Path) -> MegatronPolicy:
-    shape = Qwen3Shape.from_hf(read_hf_config(checkpoint))
+    shape = ModelShape.from_hf(read_hf_config(checkpoint))
     model = build_model(shape, Layout(), torch.float32)
     load_weights([model], checkpoint)
     return MegatronPolicy(model, shape, Layout())

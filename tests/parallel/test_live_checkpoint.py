@@ -42,9 +42,9 @@ def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
     """This rank's chunk, every parameter NaN, so that an unfilled one cannot pass for a loaded one."""
     from megatron.core import parallel_state
 
-    from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.config.schema import Layout
     from megatron_bpdg.models import qwen3
+    from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.parallel.platform import enable_cpu_platform
 
     enable_cpu_platform()
@@ -53,7 +53,7 @@ def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
     multiple = tp * vocab_multiple
     qwen3.padded_vocab_size = lambda size, tp: -(-size // multiple) * multiple
     layout = Layout(tensor_parallel=tp, pipeline_parallel=pp)
-    model = qwen3.build_model(qwen3.Qwen3Shape.from_hf(read_hf_config(hf)), layout, torch.float32)
+    model = qwen3.build_model(qwen3.ModelShape.from_hf(read_hf_config(hf)), layout, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -61,8 +61,8 @@ def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
 
 
 def _export(chunks: list[Any], hf: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.checkpoint.live import iter_hf_weights
+    from megatron_bpdg.models.hf_config import read_hf_config
 
     exported: dict[str, torch.Tensor] = {}
     for name, tensor in iter_hf_weights(chunks, read_hf_config(hf), dtype):
@@ -138,9 +138,9 @@ def _stages(hf: Path, tp: int, pp: int, virtual: int, ep: int, etp: int) -> list
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.config.schema import Layout
     from megatron_bpdg.models import qwen3
+    from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.specs import RMSNorm, block_spec, torch_layer_spec
     from megatron_bpdg.parallel.platform import enable_cpu_platform
 
@@ -161,7 +161,7 @@ def _stages(hf: Path, tp: int, pp: int, virtual: int, ep: int, etp: int) -> list
         expert_parallel=ep,
         expert_tensor_parallel=etp,
     )
-    shape = qwen3.Qwen3Shape.from_hf(read_hf_config(hf))
+    shape = qwen3.ModelShape.from_hf(read_hf_config(hf))
     config = qwen3.transformer_config(shape, layout, torch.float32)
     spec = block_spec(config)
     if virtual > 1:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.checkpoint.live_weights import LiveWeights
 from megatron_bpdg.config.schema import Layout, Servers, WeightSync
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
-from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
+from megatron_bpdg.models.qwen3 import ModelShape, build_model
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.engine import Probe, Response
 from megatron_bpdg.rollout.sglang import SGLangEngine
@@ -76,7 +76,7 @@ def trainer(checkpoint: Path, output: Path, layout: Layout | None = None) -> Ite
     layout = layout or Layout()
     with world(layout, seed=0):
         config = read_hf_config(checkpoint)
-        shape = Qwen3Shape.from_hf(config)
+        shape = ModelShape.from_hf(config)
         model = build_model(shape, layout, torch.float32)
         load_weights([model], checkpoint)
         yield Trainer(MegatronPolicy(model, shape, layout), LiveWeights([model], config, checkpoint), output)

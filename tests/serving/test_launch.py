@@ -151,7 +151,7 @@ def test_a_server_left_paused_by_a_trainer_that_died(student_server: Any) -> Non
 
 
 def test_doctor_names_another_tokenizer_and_vocabulary(student_server: Any, tmp_path: Path) -> None:
-    write_shape(tmp_path / "config.json", vocab_size=VOCAB + 8)
+    write_shape(tmp_path, vocab_size=VOCAB + 8)
     write_char_tokenizer(tmp_path, ALPHABET[::-1])
     done = bpdg("doctor", "--server", student_server.url, "--checkpoint", tmp_path)
     assert done.returncode == 1

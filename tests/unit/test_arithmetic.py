@@ -3,13 +3,13 @@ import random
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
-from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, final_answer, make_arithmetic
+from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, final_answer, make_arithmetic, make_quickstart
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.data.graders import grade_exact
-from megatron_bpdg.models.hf_config import write_qwen3_config
-from megatron_bpdg.models.qwen3 import Qwen3Shape
+from megatron_bpdg.models.hf_config import read_hf_config
+from megatron_bpdg.models.shape import ModelShape
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -119,8 +119,7 @@ def test_tokenizer_round_trip_from_disk(tmp_path: Path) -> None:
 def test_tokenizer_survives_a_qwen3_config_beside_it(tmp_path: Path) -> None:
     """Exported checkpoints carry both in one directory."""
     build_char_tokenizer(ALPHABET).save_pretrained(str(tmp_path))
-    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "vocab_size": 17}
-    write_qwen3_config(tmp_path / "config.json", **sizes, tied=True)
+    Qwen3Config(num_hidden_layers=2, hidden_size=64, vocab_size=17).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
     assert tokenizer.decode(tokenizer.encode("1+2=3\n#3")) == "1+2=3\n#3"
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
@@ -133,16 +132,13 @@ def test_tokenizer_refuses_other_characters() -> None:
         build_char_tokenizer("aab")
 
 
-def test_qwen3_config_is_read_alike_by_us_and_transformers(tmp_path: Path) -> None:
-    path = tmp_path / "model" / "config.json"
-    sizes = {"layers": 2, "hidden": 96, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 128, "vocab_size": 17}
-    write_qwen3_config(path, **sizes, tied=False, pad_token_id=0, eos_token_id=1)
-    ours = Qwen3Shape.from_hf(json.loads(path.read_text()))
-    theirs = AutoConfig.from_pretrained(str(path.parent))
+@pytest.mark.parametrize(("model", "tied"), [("teacher", False), ("student", True)])
+def test_the_model_shapes_are_read_alike_by_us_and_transformers(tmp_path: Path, model: str, tied: bool) -> None:
+    make_quickstart(tmp_path, 0, 20, 5)
+    ours = ModelShape.from_hf(read_hf_config(tmp_path / model))
+    theirs = AutoConfig.from_pretrained(str(tmp_path / model))
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert (ours.tie_word_embeddings, theirs.tie_word_embeddings) == (False, False)
+    assert (ours.tie_word_embeddings, theirs.tie_word_embeddings) == (tied, tied)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 1e6
-    assert theirs.eos_token_id == 1
-    with pytest.raises(ValueError, match="kv_heads = 3 must divide heads = 4"):
-        write_qwen3_config(path, **{**sizes, "kv_heads": 3}, tied=False)
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 1)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_bpdg.checkpoint.config import hf_config_of, read_hf_config
-from megatron_bpdg.checkpoint.mapping import moe_layers
+from megatron_bpdg.models.families import moe_layers
+from megatron_bpdg.models.hf_config import hf_config_of, read_hf_config
 from tests.checkpoint_fixtures import MODELS, TINY, TINY_MOE
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

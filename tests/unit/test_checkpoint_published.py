@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_bpdg.checkpoint.config import read_hf_config
 from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.checkpoint.patterns import Expert
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.shape import SIZES
 
 # Parameters of each release, a tied embedding counted once.

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron_bpdg.config.schema import Layout, Training
-from megatron_bpdg.models.qwen3 import Qwen3Shape, transformer_config
+from megatron_bpdg.models.qwen3 import ModelShape, transformer_config
 from megatron_bpdg.parallel.platform import cpu_platform
 from megatron_bpdg.training.deterministic import VARIABLES, deterministic
 from megatron_bpdg.training.setup import fuses_gradient_accumulation
 
-SHAPE = Qwen3Shape(2, 32, 64, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=16)
+SHAPE = ModelShape(2, 32, 64, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=16)
 EXTENSION = "fused_weight_gradient_mlp_cuda"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

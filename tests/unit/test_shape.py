@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_bpdg.checkpoint.config import read_hf_config
 from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.rope import Yarn
-from megatron_bpdg.models.shape import SIZES, Experts, Qwen3Shape, check_layout, padded_vocab_size
+from megatron_bpdg.models.shape import SIZES, Experts, ModelShape, check_layout, padded_vocab_size
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -63,7 +64,7 @@ def test_parameter_counts_equal_transformers(name: str) -> None:
 )
 def test_shapes_of_configs(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
     config = hf_config(tmp_path, kind, **fields)
-    shape = Qwen3Shape.from_hf(config)
+    shape = ModelShape.from_hf(config)
     assert shape.num_parameters == hf_num_parameters(kind, SMALL | fields) == mapping_for(config).num_parameters
     assert shape.qk_norm == kind.startswith("qwen3")
     assert shape.qkv_bias == (kind == "qwen2")
@@ -73,7 +74,7 @@ def test_shapes_of_configs(tmp_path: Path, kind: str, fields: dict[str, Any]) ->
 def test_experts_and_rotary_scaling_of_a_config(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 64}
     fields = SMALL_EXPERTS | {"decoder_sparse_step": 2, "norm_topk_prob": False, "rope_parameters": rope}
-    shape = Qwen3Shape.from_hf(hf_config(tmp_path, "qwen3_moe", **fields))
+    shape = ModelShape.from_hf(hf_config(tmp_path, "qwen3_moe", **fields))
     assert shape.experts == Experts(4, 2, 24, norm_topk_prob=False, dense_layers=(0, 2))
     assert shape.rope_theta == 5e6
     assert shape.rope_scaling == Yarn(4.0, 64)
@@ -82,12 +83,12 @@ def test_experts_and_rotary_scaling_of_a_config(tmp_path: Path) -> None:
 def test_configs_that_cannot_be_built_are_refused_by_name(tmp_path: Path) -> None:
     config = hf_config(tmp_path, "qwen3_moe", **SMALL_EXPERTS)
     with pytest.raises(ValueError, match=r"config\.json has no head_dim"):
-        Qwen3Shape.from_hf(config | {"head_dim": None})
+        ModelShape.from_hf(config | {"head_dim": None})
     with pytest.raises(ValueError, match="num_experts_per_tok = 5 exceeds num_experts = 4"):
-        Qwen3Shape.from_hf(config | {"num_experts_per_tok": 5})
+        ModelShape.from_hf(config | {"num_experts_per_tok": 5})
     with pytest.raises(ValueError, match="num_experts_per_tok = 1 with norm_topk_prob"):
-        Qwen3Shape.from_hf(config | {"num_experts_per_tok": 1})
-    assert Qwen3Shape.from_hf(config | {"decoder_sparse_step": 4}).experts is None
+        ModelShape.from_hf(config | {"num_experts_per_tok": 1})
+    assert ModelShape.from_hf(config | {"decoder_sparse_step": 4}).experts is None
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(1, 151_936), (8, 151_936), (3, 151_938)])
@@ -117,3 +118,15 @@ def test_experts_are_spread_over_tensor_and_data_parallel_ranks() -> None:
     assert layout.world_size == 6
     with pytest.raises(ValidationError, match=r"2 x 2 = 4 must divide .* = 2 x 1 x 3 = 6"):
         Layout(tensor_parallel=2, data_parallel=3, expert_parallel=2, expert_tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("head_dim", 15, "head_dim = 15 must be even"),
+        ("num_key_value_heads", 3, "num_key_value_heads = 3 must divide num_attention_heads = 16"),
+    ],
+)
+def test_sizes_that_no_model_can_have(field: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SIZES["0.6B"], **{field: value})
