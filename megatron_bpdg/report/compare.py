@@ -126,7 +126,8 @@ def _basis(reference: Run, treated: Run, row: Comparison, others: list[str]) -> 
         f"{steps}, one seed each ({' and '.join(seeds)}): they cover the choice of problems, not what another seed of "
         "training would give."
     )
-    return f"{text} Besides the gate, the runs differ in {', '.join(others)}." if others else text
+    more = f" and {len(others) - 6} more settings" if len(others) > 6 else ""
+    return f"{text} Besides the gate, the runs differ in {', '.join(others[:6])}{more}." if others else text
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

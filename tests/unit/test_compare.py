@@ -98,6 +98,11 @@ def test_other_differences_are_named_and_take_the_credit_from_the_gate() -> None
     assert verdict.basis.endswith("Besides the gate, the runs differ in seed, training.lr.")
 
 
+def test_many_other_differences_are_counted() -> None:
+    plain, gated = final("plain", [1], {"training": dict.fromkeys("abcdefgh", 1)}), final("gated", [1], {"gate": GATE})
+    assert judge(plain, gated).basis.endswith("training.e, training.f and 2 more settings.")
+
+
 @pytest.mark.parametrize(("gate", "word"), [(GATE, "have"), (None, "lack")])
 def test_runs_that_do_not_ask_about_the_gate(gate: dict[str, float] | None, word: str) -> None:
     verdict = judge(final("one", [1], {"gate": gate}), final("two", [2], {"gate": gate}))
