@@ -315,7 +315,10 @@ def test_pauses_between_tries_double_up_to_a_bound(monkeypatch: pytest.MonkeyPat
             raise MalformedAnswer("nonsense")
 
         # Nine tries, three for each server until it is out.
-        pool = ServerPool(limits("http://a", "http://b", "http://c", "http://d", attempts=9, backoff_s=1.0), "rollout")
+        pool = ServerPool(
+            limits("http://a", "http://b", "http://c", "http://d", attempts=9, backoff_s=1.0, recovery_s=0.01),
+            "rollout",
+        )
         for _ in range(2):
             with pytest.raises(ServingError, match="job failed 9 times"):
                 await pool.call(ask, "job")
