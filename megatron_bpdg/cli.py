@@ -176,7 +176,7 @@ def init(
 
     import torch
 
-    from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
+    from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
     from megatron_bpdg.models.hf_config import write_qwen3_config
 
     if target.exists():

@@ -42,9 +42,8 @@ from megatron_bpdg.checkpoint.directory import RELEASE, TRACKER_FILE
 from megatron_bpdg.checkpoint.files import fsync_path, in_files, write_text
 from megatron_bpdg.checkpoint.mapping import FAMILIES, MappingError, ModelMapping, moe_layers
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
-from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.torch_dist import stacked_key
-from megatron_bpdg.checkpoint.transfer import Transfer
+from megatron_bpdg.checkpoint.transfer import Ranks, Transfer
 
 MAX_FILE_SIZE = 2 * 10**9
 # Modules to which Megatron-Core may attach an (empty, outside FP8) extra state that its strict loaders ask for.

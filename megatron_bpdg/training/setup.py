@@ -18,8 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
-from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
-from megatron_bpdg.checkpoint.hf import read_hf_config
+from megatron_bpdg.checkpoint.hf import read_hf_config, write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights, save_weights
 from megatron_bpdg.checkpoint.live_weights import LiveWeights
 from megatron_bpdg.config.schema import (
