@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bpdg.checkpoint.hf_writer import hf_plan, plan_shards, write_index, write_shard
+from megatron_bpdg.checkpoint.hf import hf_plan, plan_shards, write_index, write_shard
 from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.models.hf_config import write_qwen3_config
 

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_bpdg.checkpoint.cast import DTYPES
-from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.legacy import is_legacy
 from megatron_bpdg.checkpoint.mapping import MappingError
-from megatron_bpdg.checkpoint.ranks import Ranks, converter_ranks
-from megatron_bpdg.checkpoint.source import is_megatron
+from megatron_bpdg.checkpoint.source import DTYPES, is_megatron
 from megatron_bpdg.checkpoint.torch_dist import is_torch_dist
-from megatron_bpdg.checkpoint.verify import verify_conversion
+from megatron_bpdg.checkpoint.transfer import Ranks, converter_ranks
 
 
 def options_of(

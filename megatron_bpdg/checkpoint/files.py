@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
-from megatron_bpdg.checkpoint.ranks import Ranks
+from megatron_bpdg.checkpoint.transfer import Ranks
 from megatron_bpdg.tracking.files import fsync_path
 
 # Kept next to the weights so that a converted checkpoint serves as a model directory by itself.

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source, write_hf_folder
 from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory
-from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.hf_writer import (
+from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
+    HFCheckpoint,
     emits_lm_head,
     hf_parts,
     hf_plan,

@@ -42,9 +42,8 @@ from megatron_bpdg.checkpoint.directory import RELEASE, TRACKER_FILE
 from megatron_bpdg.checkpoint.files import in_files
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
-from megatron_bpdg.checkpoint.ranks import Ranks
 from megatron_bpdg.checkpoint.torch_dist import stacked_key
-from megatron_bpdg.checkpoint.transfer import Transfer
+from megatron_bpdg.checkpoint.transfer import Ranks, Transfer
 from megatron_bpdg.models.families import FAMILIES, moe_layers
 from megatron_bpdg.tracking.files import fsync_path, write_text
 

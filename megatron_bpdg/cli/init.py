@@ -30,7 +30,7 @@ def init(
     import torch
     from transformers import Qwen3Config
 
-    from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
+    from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.shape import ModelShape
 

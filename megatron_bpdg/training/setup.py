@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
-from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
+from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import GateConfig, RunConfig, Sampling, Training
 from megatron_bpdg.data.graders import get_grader

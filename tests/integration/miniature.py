@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 from transformers import Qwen3Config
 
-from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
+from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config import RunConfig, load_config
 from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, make_arithmetic

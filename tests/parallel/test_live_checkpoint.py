@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
-from megatron_bpdg.checkpoint.verify import compare_hf
 from tests.checkpoint_fixtures import save_tiny_moe, save_tiny_qwen3
 from tests.parallel.spawn import run_ranks
 

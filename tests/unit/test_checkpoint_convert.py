@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint import files
-from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, stacked_key
-from megatron_bpdg.checkpoint.verify import compare_hf
 from tests.checkpoint_fixtures import save_tiny_qwen3
 
 

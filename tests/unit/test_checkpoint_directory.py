@@ -14,10 +14,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from megatron_bpdg.checkpoint.command import convert
-from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron
+from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron
 from megatron_bpdg.checkpoint.describe import describe
 from megatron_bpdg.checkpoint.directory import hf_folder
-from megatron_bpdg.checkpoint.verify import compare_hf
 from megatron_bpdg.config.schema import Sampling, Teacher
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from tests.checkpoint_fixtures import save_tiny

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bpdg.checkpoint.hf import INDEX_FILE, HFCheckpoint
-from megatron_bpdg.checkpoint.hf_writer import TensorPlan, plan_shards, write_index, write_shard
+from megatron_bpdg.checkpoint.hf import INDEX_FILE, HFCheckpoint, TensorPlan, plan_shards, write_index, write_shard
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
 from tests.checkpoint_fixtures import save_tiny_qwen3
 

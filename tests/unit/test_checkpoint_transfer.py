@@ -18,12 +18,10 @@ import pytest
 import torch
 
 from megatron_bpdg.checkpoint import convert, files
-from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.files import partial_path
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.ranks import Ranks
-from megatron_bpdg.checkpoint.transfer import Budget, Transfer
-from megatron_bpdg.checkpoint.verify import verify_conversion
+from megatron_bpdg.checkpoint.transfer import Budget, Ranks, Transfer
 from tests.checkpoint_fixtures import save_tiny
 
 # Small files: several of them for a tiny model.

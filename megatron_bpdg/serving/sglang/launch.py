@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 from packaging.version import Version
 from rich.console import Console
 
-from megatron_bpdg.checkpoint.cast import DTYPES
 from megatron_bpdg.checkpoint.convert import megatron_to_hf
-from megatron_bpdg.checkpoint.source import is_megatron, open_megatron
+from megatron_bpdg.checkpoint.source import DTYPES, is_megatron, open_megatron
 from megatron_bpdg.serving.http.process import Command
 from megatron_bpdg.serving.sglang.role import Device, Role
 from megatron_bpdg.tracking.files import write_text
