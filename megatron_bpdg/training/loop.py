@@ -66,6 +66,7 @@ def distill(cfg: RunConfig) -> None:
                     run.teacher.score([chunk for update in first_pass for chunk in update])
                 with clock("old_logprobs"):
                     mismatch = set_old_logprobs(first_pass, run.student, cfg, version=step - 1)
+                run.updater.prepare(trajectories)
                 if step == 1:
                     recorder.warn_if_same(first_pass)
 
