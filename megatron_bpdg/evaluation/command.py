@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.stream import iter_checkpoint
 from megatron_bpdg.config.schema import Layout, Sampling
-from megatron_bpdg.data.graders import get_grader
+from megatron_bpdg.data.graders import grader_named
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems, special_ids
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
 from megatron_bpdg.evaluation.bootstrap import bootstrap
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     folder = checkpoint / "hf" if (checkpoint / "hf" / "config.json").is_file() else checkpoint
     config = read_hf_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    grader = get_grader(grader_name)
+    grader = grader_named(grader_name)
     eos_id, pad_id = special_ids(tokenizer, f"the tokenizer of {folder}")
     results = []
     with world(Layout(), seed):
