@@ -8,7 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_bpdg.drift import FixedBlocks, Gate, Gated, NewlineSpans, Partition, Segments, Signals, WholeSequence
+    from megatron_bpdg.controllers.factor import Live, Prepared, product
+    from megatron_bpdg.drift import (
+        Factor,
+        FixedBlocks,
+        Gate,
+        Gated,
+        NewlineSpans,
+        Partition,
+        Segments,
+        Signals,
+        WholeSequence,
+    )
     from megatron_bpdg.objectives.divergence import forward_kl, jsd, reverse_kl
     from megatron_bpdg.objectives.local_support import local_support_loss
     from megatron_bpdg.objectives.sampled_token import sampled_token_loss
@@ -20,12 +31,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DenseVocab",
+    "Factor",
     "FixedBlocks",
     "Gate",
     "Gated",
+    "Live",
     "NewlineSpans",
     "ParallelVocab",
     "Partition",
+    "Prepared",
     "Segments",
     "Signals",
     "TokenLayout",
@@ -35,6 +49,7 @@ __all__ = [
     "forward_kl",
     "jsd",
     "local_support_loss",
+    "product",
     "reverse_kl",
     "sampled_token_loss",
     "sum_over",
@@ -42,6 +57,7 @@ __all__ = [
 
 # Looked up when asked for: every module here needs torch, which takes seconds that `bpdg --help` does not have.
 _MODULES = (
+    "controllers.factor",
     "drift",
     "objectives.divergence",
     "objectives.local_support",

@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from megatron_bpdg.config.user import USER_TAG, tags
+
 Location = Sequence[str | int]
 
 
@@ -24,14 +26,12 @@ def explain(error: ErrorDetails, root: type[BaseModel], raw: Mapping[str, Any]) 
         case "extra_forbidden":
             return f"{name}: unknown key; {_suggestion(root, raw, path)}"
         case "union_tag_invalid":
-            tag, discriminator = context["tag"], context["discriminator"].strip("'")
-            return f"{name}.{discriminator} = {tag!r}: should be {_one_of(tag, context['expected_tags'])}"
-        case "union_tag_not_found":
-            discriminator = context["discriminator"].strip("'")
-            return f"{name}.{discriminator}: required, but not given{_choices(_field_at(root, raw, path))}"
+            return f"{name}.name = {context['tag']!r}: should be {_one_of(context['tag'], context['expected_tags'])}"
+        case "union_tag_not_found" if isinstance(error["input"], Mapping):
+            return f"{name}.name: required, but not given{_choices(_field_at(root, raw, path))}"
         case "literal_error":
             return f"{name} = {_short(error['input'])}: should be {_one_of(error['input'], context['expected'])}"
-        case "model_type" | "model_attributes_type" | "dict_type":
+        case "model_type" | "model_attributes_type" | "dict_type" | "union_tag_not_found":
             remedy = "; remove the line for the defaults" if error["input"] is None else ""
             return f"{name} = {_short(error['input'])}: should be a section, `field: value` lines{remedy}"
         case "value_error":
@@ -43,43 +43,53 @@ def explain(error: ErrorDetails, root: type[BaseModel], raw: Mapping[str, Any]) 
 def section_at(root: type[BaseModel], raw: Mapping[str, Any], path: Location) -> type[BaseModel] | None:
     """The model that describes ``raw[path[0]][path[1]]...``; None where there is none or `raw` leaves it open."""
     model: type[BaseModel] | None = root
+    field: FieldInfo | None = None
     node: Any = raw
     for part in path:
-        field = model.model_fields.get(str(part)) if model else None
+        if str(part).isdigit() and field is not None:  # An item of the field's list.
+            place = int(part)
+            node = node[place] if isinstance(node, list) and place < len(node) else None
+        else:
+            field = model.model_fields.get(str(part)) if model else None
+            node = node.get(part) if isinstance(node, Mapping) else None
         if field is None:
             return None
-        node = node.get(part) if isinstance(node, Mapping) else None
         model = _chosen(field, node)
     return model
 
 
 def _chosen(field: FieldInfo, node: Any) -> type[BaseModel] | None:
     models = _models(field)
-    if isinstance(field.discriminator, str) and isinstance(node, Mapping):
-        models = [model for model in models if node.get(field.discriminator) in _tags(field, model)]
+    if len(models) > 1 and isinstance(node, Mapping):
+        name = USER_TAG if ":" in str(node.get("name")) else node.get("name")
+        models = [model for model in models if name in tags(model)]
     return models[0] if len(models) == 1 else None
 
 
 def _models(field: FieldInfo) -> list[type[BaseModel]]:
-    candidates = (field.annotation, *get_args(field.annotation))
-    return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
+    """The sections that a field may hold, itself or in a list."""
 
+    def within(annotation: Any) -> Iterator[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        for inner in get_args(annotation):
+            yield from within(inner)
 
-def _tags(field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
-    return get_args(model.model_fields[str(field.discriminator)].annotation)
+    return list(dict.fromkeys(within(field.annotation)))
 
 
 def _without_tags(location: Location, root: type[BaseModel]) -> list[str | int]:
-    """Pydantic puts the chosen variant of a discriminated union into the location; the YAML has no such level."""
+    """Pydantic puts the chosen variant of a union by name into the location; the YAML has no such level."""
     path: list[str | int] = []
-    models, field = [root], None
+    models = [root]
     for part in location:
-        if field is not None and field.discriminator is not None:
-            models, field = [model for model in models if part in _tags(field, model)], None
+        if len(models) > 1 and not isinstance(part, int):
+            models = [model for model in models if part in tags(model)]
             continue
         path.append(part)
-        field = models[0].model_fields.get(str(part)) if models else None
-        models = _models(field) if field else []
+        if not isinstance(part, int):
+            field = models[0].model_fields.get(str(part)) if models else None
+            models = _models(field) if field else []
     return path
 
 
@@ -111,7 +121,7 @@ def _meaning(field: FieldInfo | None) -> str:
 
 
 def _choices(field: FieldInfo | None) -> str:
-    return f"; one of {', '.join(tag for model in _models(field) for tag in _tags(field, model))}" if field else ""
+    return f"; one of {', '.join(tag for model in _models(field) for tag in tags(model))}" if field else ""
 
 
 def _one_of(given: object, expected: str) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are immutable once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+from megatron_bpdg.config.section import Section
+from megatron_bpdg.config.user import ByName, UserClass
 
 
 class Layout(Section):
@@ -133,6 +130,20 @@ class Teacher(Section):
         return self
 
 
+class BuiltInGrader(Section):
+    """A grader that comes with the program."""
+
+    name: Literal["math_verify", "exact"]
+
+
+def _named(value: Any) -> Any:
+    """A bare name is short for a section with nothing else."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+GraderConfig = Annotated[BuiltInGrader | UserClass, ByName()]
+
+
 class Data(Section):
     """Prompts: parquet (DAPO layout) or JSONL."""
 
@@ -143,7 +154,13 @@ class Data(Section):
     overlong_prompts: Literal["error", "drop", "truncate_left"] = Field(
         "error", description="what to do with prompts over max_prompt_tokens; drops are counted and logged"
     )
-    grader: str = Field("math_verify", description="math_verify | exact | module:function")
+    grader: Annotated[
+        GraderConfig,
+        BeforeValidator(_named, json_schema_input_type=str | GraderConfig),
+    ] = Field(
+        BuiltInGrader(name="math_verify"),
+        description="math_verify | exact | module:function, or {name: module:Class, args: {...}}",
+    )
 
 
 class Sampling(Section):
@@ -256,9 +273,7 @@ class SupervisedObjective(Section):
     name: Literal["sft"]
 
 
-ObjectiveConfig = Annotated[
-    SampledToken | TeacherTopK | FullVocabulary | SupervisedObjective, Field(discriminator="name")
-]
+ObjectiveConfig = Annotated[SampledToken | TeacherTopK | FullVocabulary | SupervisedObjective | UserClass, ByName()]
 
 
 class Fixed(Section):
@@ -290,7 +305,7 @@ class SequencePartition(Section):
     name: Literal["sequence"]
 
 
-PartitionConfig = Annotated[Fixed | Newline | TokenPartition | SequencePartition, Field(discriminator="name")]
+PartitionConfig = Annotated[Fixed | Newline | TokenPartition | SequencePartition | UserClass, ByName()]
 
 
 class GateConfig(Section):
@@ -305,6 +320,15 @@ class GateConfig(Section):
         "global", description="scope of the unit-mean normalisation; global does not depend on the layout"
     )
     clip_min: float = Field(0.0, ge=0.0, le=1.0, description="lower bound on the raw gate; 0: off")
+
+
+class DriftGate(GateConfig):
+    """The gate as one of several weights."""
+
+    name: Literal["drift_gate"]
+
+
+WeightConfig = Annotated[DriftGate | UserClass, ByName()]
 
 
 class Training(Section):
@@ -403,10 +427,25 @@ class RunConfig(Section):
     data: Data
     rollout: Rollout = Rollout()
     objective: ObjectiveConfig
-    gate: GateConfig | None = Field(None, description="null: no gate")
+    gate: GateConfig | None = Field(None, description="short for a drift_gate among the weights; null: none here")
+    weights: list[WeightConfig] = Field(
+        default_factory=list, description="factors of the tokens' weights; they multiply (docs/concepts.md)"
+    )
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+
+    @property
+    def drift_gate(self) -> GateConfig | None:
+        """The one gate of the run, wherever it is given."""
+        return next((weight for weight in self.weights if isinstance(weight, DriftGate)), self.gate)
+
+    @model_validator(mode="after")
+    def _one_gate(self) -> RunConfig:
+        gates = sum(isinstance(weight, DriftGate) for weight in self.weights) + (self.gate is not None)
+        if gates > 1:
+            raise ValueError(f"gate and weights hold {gates} drift gates: a run measures one drift; keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -416,10 +455,10 @@ class RunConfig(Section):
             raise ValueError("kind: opd needs a `teacher` section")
         defaults = Training()
         sections, fields = {
-            "sft": (["gate", "teacher"], ["epochs", "minibatches", "old_logprobs"]),
+            "sft": (["gate", "weights", "teacher"], ["epochs", "minibatches", "old_logprobs"]),
             "opd": ([], ["batch_size"]),
         }[self.kind]
-        unused = [name for name in sections if getattr(self, name) is not None]
+        unused = [name for name in sections if getattr(self, name)]
         unused += [f"training.{x}" for x in fields if getattr(self.training, x) != getattr(defaults, x)]
         if unused:
             raise ValueError(f"kind: {self.kind} does not use {', '.join(unused)}: remove it")

@@ -39,7 +39,7 @@ class MicroBatch:
         real_N: response tokens, not filler.
         mask_N: those of them that the loss counts.
         num_counted: tokens that the loss counts in the whole micro-batch.
-        old_logprobs_N, teacher_*: as in `Trajectory`; None where they have not been asked for.
+        old_logprobs_N, weights_N, mass_N, teacher_*: as in `Trajectory`; None where they have not been asked for.
     """
 
     input_ids_BS: Tensor
@@ -59,6 +59,8 @@ class MicroBatch:
     mask_N: Tensor
     num_counted: int
     old_logprobs_N: Tensor | None = None
+    weights_N: Tensor | None = None
+    mass_N: Tensor | None = None
     teacher_logprobs_N: Tensor | None = None
     teacher_support_NK: Tensor | None = None
     teacher_support_logprobs_NK: Tensor | None = None
@@ -78,6 +80,8 @@ _ELSEWHERE = -1
 
 _PAYLOAD = {
     "old_logprobs_N": "old_logprobs_R",
+    "weights_N": "weights_R",
+    "mass_N": "mass_R",
     "teacher_logprobs_N": "teacher_logprobs_R",
     "teacher_support_NK": "teacher_support_RK",
     "teacher_support_logprobs_NK": "teacher_support_logprobs_RK",
@@ -136,7 +140,7 @@ def collate(
     for name, source in _PAYLOAD.items():
         # Log-probs may be kept in fewer bits than they are computed with.
         parts = [
-            value.float() if value.is_floating_point() else value
+            value.float() if value.is_floating_point() and name != "mass_N" else value
             for t in trajectories
             if (value := getattr(t, source)) is not None
         ]

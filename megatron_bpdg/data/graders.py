@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_bpdg.config.schema import GraderConfig
+from megatron_bpdg.config.user import UserClass
 
 Grader = Callable[[str, str], bool]
 
@@ -14,29 +17,26 @@ Grader = Callable[[str, str], bool]
 _TIMEOUT_S = 5
 
 
-def get_grader(name: str) -> Grader:
-    """The function ``(response, answer) -> right?`` that `data.grader` names.
+def get_grader(config: GraderConfig) -> Grader:
+    """The function ``(response, answer) -> right?`` that a config section names."""
+    if isinstance(config, UserClass):
+        return _checked(config.make(), config.name)
+    return _GRADERS[config.name]
 
-    Names: `math_verify` and `exact` of this module, or ``module:function`` for one's own, imported.
+
+def grader_named(name: str) -> Grader:
+    """The same for a bare name: math_verify, exact, or module:function for one's own.
 
     Raises:
         ValueError: there is no such grader, or the import fails.
     """
-    if name in _GRADERS:
-        return _GRADERS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise ValueError(f"data.grader = {name!r}: should be one of {', '.join(_GRADERS)} or module:function")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
+        return get_grader(TypeAdapter[GraderConfig](GraderConfig).validate_python({"name": name}))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
         raise ValueError(
-            f"data.grader = {name!r}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?"
+            f"grader {name!r}: should be one of {', '.join(_GRADERS)} or module:function ({problem})"
         ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"data.grader = {name!r}: {module_name!r} has no function {function_name!r}")
-    return _checked(function, name)
 
 
 def grade_math(response: str, answer: str) -> bool:

@@ -29,6 +29,7 @@ class Trajectory:
             place in their block and are left out of its mean.
         block_R: block number of each response token, int64.
         old_logprobs_R: log pi_old, float32.
+        weights_R, mass_R: what the prepared factors say of each token (`controllers.factor`), float32 and float64.
         teacher_logprobs_R: log q of the sampled tokens, float32.
         teacher_support_RK: the teacher's top-K ids, int32.
         teacher_support_logprobs_RK: their log-probs, float32.
@@ -48,6 +49,8 @@ class Trajectory:
 
     block_R: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     old_logprobs_R: Tensor | None = None
+    weights_R: Tensor | None = None
+    mass_R: Tensor | None = None
     teacher_logprobs_R: Tensor | None = None
     teacher_support_RK: Tensor | None = None
     teacher_support_logprobs_RK: Tensor | None = None

@@ -9,10 +9,11 @@ from megatron_bpdg.drift.partition import (
     newline_token_ids,
     token_partition,
 )
-from megatron_bpdg.drift.signals import Segments, Signals, SumReduce, TeacherSignal, no_reduce, segment_mean
+from megatron_bpdg.drift.signals import Factor, Segments, Signals, SumReduce, TeacherSignal, no_reduce, segment_mean
 
 __all__ = [
     "AGGREGATORS",
+    "Factor",
     "FixedBlocks",
     "Gate",
     "Gated",

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_bpdg.drift.signals import Segments, Signals
+from megatron_bpdg.drift.signals import Factor, Segments, Signals
 
 UnitMean = Literal["global", "sequence", "microbatch"]
 
@@ -29,31 +29,23 @@ AGGREGATORS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 
 
 @dataclass(frozen=True)
-class Gated:
-    """What the gate makes of one micro-batch.
+class Gated(Factor):
+    """What the gate makes of one micro-batch: float32 weights and float64 masses, both 0 outside the mask.
+
+    For scope `global` the mass is the gate itself (dividing by its sum is the same as a unit mean over all valid
+    tokens); else weights have mean one already and the mass is the token count.
 
     Attributes:
-        weight_n: float32 ``[n]``, detached, 0 outside the mask: multiply the per-token loss with it.
-        mass_n: float64 ``[n]``, 0 outside the mask: each token's share of the denominator. ``sum(weight * loss) /
-            sum(mass)`` over all micro-batches and ranks is the loss above. For scope `global` the mass is the gate
-            itself (dividing by its sum is the same as a unit mean over all valid tokens); else it is the token count.
         gate_n: float32 ``[n]``, the raw gate in (0, 1], 0 outside the mask.
         drift_n: float32 ``[n]``, token drift, 0 outside the mask.
         block_drift_S: float64 ``[num_blocks]``.
         block_count_S: float64 ``[num_blocks]``, valid tokens per block.
     """
 
-    weight_n: Tensor
-    mass_n: Tensor
     gate_n: Tensor
     drift_n: Tensor
     block_drift_S: Tensor
     block_count_S: Tensor
-
-    @property
-    def mass(self) -> Tensor:
-        """This rank's share of the denominator, float64 scalar."""
-        return self.mass_n.sum()
 
 
 @dataclass(frozen=True)

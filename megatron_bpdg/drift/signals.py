@@ -62,6 +62,25 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """How much each token weighs.
+
+    Attributes:
+        weight_n: float ``[n]``, detached: multiplies the per-token loss.
+        mass_n: float64 ``[n]``, detached: each token's share of the denominator. ``sum(weight * loss) / sum(mass)``
+            over all micro-batches and ranks is the loss of the step.
+    """
+
+    weight_n: Tensor
+    mass_n: Tensor
+
+    @property
+    def mass(self) -> Tensor:
+        """This rank's share of the denominator, float64 scalar."""
+        return self.mass_n.sum()
+
+
+@dataclass(frozen=True)
 class TeacherSignal:
     """What the teacher says about N sampled positions.
 

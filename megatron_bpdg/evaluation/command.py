@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.schema import Layout, Sampling
-from megatron_bpdg.data.graders import get_grader
+from megatron_bpdg.data.graders import grader_named
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems, special_ids
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
 from megatron_bpdg.evaluation.bootstrap import bootstrap
@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     folder = hf_folder(checkpoint)
     config = read_hf_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    grader = get_grader(grader_name)
+    grader = grader_named(grader_name)
     eos_id, pad_id = special_ids(tokenizer, f"the tokenizer of {folder}")
     results = []
     with world(Layout(), seed):

@@ -47,6 +47,7 @@ def distill(cfg: RunConfig) -> None:
                     run.teacher.score(to_score)
                 with clock("old_logprobs"):
                     run.behaviour.score(to_score, version=step - 1)
+                run.updater.prepare(batch)
                 if step == 1:
                     recorder.warn_if_same(to_score)
 

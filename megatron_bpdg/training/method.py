@@ -1,12 +1,16 @@
-"""From a config to the method: partition, objective."""
+"""From a config to the method: partition, gate, other factors, objective."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_bpdg.config.schema import (
     Fixed,
     FullVocabulary,
+    GateConfig,
     Newline,
     ObjectiveConfig,
     PartitionConfig,
@@ -17,7 +21,17 @@ from megatron_bpdg.config.schema import (
     TeacherTopK,
     TokenPartition,
 )
-from megatron_bpdg.drift import FixedBlocks, NewlineSpans, Partition, WholeSequence, newline_token_ids, token_partition
+from megatron_bpdg.config.user import UserClass
+from megatron_bpdg.controllers.factor import Live, Prepared
+from megatron_bpdg.drift import (
+    FixedBlocks,
+    Gate,
+    NewlineSpans,
+    Partition,
+    WholeSequence,
+    newline_token_ids,
+    token_partition,
+)
 from megatron_bpdg.objectives.objective import (
     FullVocabularyObjective,
     LocalSupportObjective,
@@ -25,6 +39,8 @@ from megatron_bpdg.objectives.objective import (
     Objective,
     SampledTokenObjective,
 )
+
+_PARTITION = "gate.partition.name = %r: it returned something else than block numbers 0, 1, ... (int64)"
 
 
 def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
@@ -39,11 +55,54 @@ def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
             return token_partition()
         case SequencePartition():
             return WholeSequence()
+        case UserClass():
+            return _checked(config.make(), config.name)
+
+
+def _checked(partition: Partition, name: str) -> Partition:
+    def blocks(response_T: Tensor) -> Tensor:
+        block_T = partition(response_T)
+        if block_T.shape != response_T.shape or block_T.dtype != torch.int64 or block_T[:1].any():
+            raise ValueError(f"{_PARTITION % name}, one for each of {len(response_T)} tokens")
+        if bool((block_T.diff() < 0).any() | (block_T.diff() > 1).any()):
+            raise ValueError(f"{_PARTITION % name}, each as large as the one before or one larger")
+        return block_T
+
+    return blocks
+
+
+def build_gate(cfg: RunConfig) -> Gate:
+    """The run's gate; without one, the gate that measures drift and weighs all tokens alike."""
+    return Gate(**(cfg.drift_gate or GateConfig(tau=0.0)).model_dump(exclude={"name", "partition"}))
+
+
+def build_factors(cfg: RunConfig) -> tuple[list[Live], list[Prepared]]:
+    """The user's own factors, by stage: those with a method `prepare`, and those that are called.
+
+    Raises:
+        ValueError: naming the field, where it is neither.
+    """
+    live: list[Live] = []
+    prepared: list[Prepared] = []
+    for place, config in enumerate(cfg.weights):
+        if not isinstance(config, UserClass):
+            continue
+        factor = config.make()
+        if hasattr(factor, "prepare"):
+            prepared.append(factor)
+        elif callable(factor):
+            live.append(factor)
+        else:
+            raise ValueError(
+                f"weights.{place}.name = {config.name!r}: give it a method `prepare(responses, reduce)`, or make its "
+                "instances callable with the signals of a micro-batch"
+            )
+    return live, prepared
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a config section names."""
-    fields = config.model_dump(exclude={"name"})
+    fields = config.model_dump(exclude={"name", "args"})
     match config:
         case SampledToken():
             return SampledTokenObjective(**fields)
@@ -53,6 +112,14 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             return FullVocabularyObjective(config.name, **fields)
         case SupervisedObjective():
             return NegativeLogLikelihood()
+        case UserClass():
+            objective: Objective = config.make()
+            if lacking := [x for x in ("needs", "differentiates_logprob", "__call__") if not hasattr(objective, x)]:
+                raise ValueError(
+                    f"objective.name = {config.name!r} lacks {', '.join(lacking)}: see "
+                    "megatron_bpdg.objectives.objective.Objective"
+                )
+            return objective
 
 
 def check_objective(cfg: RunConfig, objective: Objective) -> None:

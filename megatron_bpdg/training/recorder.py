@@ -194,4 +194,5 @@ def _mean_over_updates(reports: Sequence[tuple[int, StepReport]]) -> dict[str, f
             if name == "drift/block_mean":
                 values[f"{name}_epoch{epoch}"].append(value)
     means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
-    return {**means, "gate/min": min(values["gate/min"])}
+    counts = {name: sum(values[name]) for name in ("weight/empty_updates",) if name in values}
+    return {**means, **counts, "gate/min": min(values["gate/min"])}

@@ -21,7 +21,6 @@ from megatron_bpdg.config.schema import GateConfig, RunConfig, Sampling, Trainin
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import Gate
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import DTYPES, ModelShape, build_model
@@ -37,7 +36,13 @@ from megatron_bpdg.training.engines import (
     teacher_source,
     wait_for_servers,
 )
-from megatron_bpdg.training.method import build_objective, build_partition, check_objective
+from megatron_bpdg.training.method import (
+    build_factors,
+    build_gate,
+    build_objective,
+    build_partition,
+    check_objective,
+)
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
 from megatron_bpdg.training.run import Run
 from megatron_bpdg.training.step import Updater
@@ -133,7 +138,7 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         packed=cfg.training.micro_batch_tokens is not None,
         head=build_head(cfg.training, objective.needs),
     )
-    gate_config = cfg.gate or GateConfig(tau=0.0)
+    live, prepared = build_factors(cfg)
     return Run(
         cfg=cfg,
         hf_folder=folder,
@@ -147,14 +152,16 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
             module,
             optimizer,
             objective,
-            Gate(gate_config.tau, gate_config.aggregator, gate_config.unit_mean, gate_config.clip_min),
+            build_gate(cfg),
             temperature=1.0 if cfg.kind == "sft" else cfg.rollout.sampling.temperature,
+            live=live,
+            prepared=prepared,
         ),
         scheduler=scheduler,
         behaviour=SamplerBehaviour()
         if cfg.training.old_logprobs == "rollout"
         else TrainerBehaviour(student, cfg.rollout.sampling.temperature),
-        partition=build_partition(gate_config.partition, tokenizer),
+        partition=build_partition((cfg.drift_gate or GateConfig()).partition, tokenizer),
         engine=build_engine(cfg, folder, student, tokenizer),
         benchmarks=benchmarks,
     )

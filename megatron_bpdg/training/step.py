@@ -1,9 +1,10 @@
 """One gated update: the loss of a micro-batch, and the exact normalisation of a whole optimizer step.
 
-    drift -> gate -> per-token loss -> weighted sum        per micro-batch, on this rank's tokens
-    sum of losses / sum of gate masses                     over micro-batches, shards and replicas
+    drift -> gate and other factors -> per-token loss -> weighted sum    per micro-batch, on this rank's tokens
+    sum of losses / sum of masses                                        over micro-batches, shards and replicas
 
-The denominator is a float (the gate mass), applied to the summed gradients after all micro-batches: see `update`.
+The denominator is a float (the mass of the factors' product), applied to the summed gradients after all micro-batches:
+see `update`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_bpdg.controllers.factor import Live, Prepared, prepare, product
 from megatron_bpdg.data.batch import MicroBatch
+from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift.diagnostics import drift_by_block, drift_shapes, drift_statistics, drift_sums
 from megatron_bpdg.drift.gate import Gate
-from megatron_bpdg.drift.signals import Segments, Signals, TeacherSignal
+from megatron_bpdg.drift.signals import Factor, Segments, Signals, TeacherSignal
 from megatron_bpdg.drift.sums import NamedSums
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.objectives.objective import Objective
@@ -37,6 +41,7 @@ _BROKEN = {
     "nonfinite_old": "the behaviour policy's log-probs",
     "nonfinite_teacher": "the teacher's log-probs",
     "nonfinite_loss": "the loss",
+    "nonfinite_weight": "the factors' weights or masses",
 }
 
 
@@ -67,8 +72,9 @@ class Updater:
         module: the same model, wrapped for data parallelism.
         optimizer: of the same model.
         objective: per-token loss.
-        gate: with tau = 0 for a run without one.
+        gate: with tau = 0 for a run without one, as it measures the drift.
         temperature: the sampling temperature.
+        live, prepared: other factors of the tokens' weights.
     """
 
     def __init__(
@@ -79,6 +85,8 @@ class Updater:
         objective: Objective,
         gate: Gate,
         temperature: float,
+        live: Sequence[Live] = (),
+        prepared: Sequence[Prepared] = (),
     ) -> None:
         self.policy = policy
         self.module = module
@@ -86,6 +94,8 @@ class Updater:
         self.objective = objective
         self.gate = gate
         self.temperature = temperature
+        self.live = live
+        self.prepared = prepared
         groups = policy.groups
         # Sequence parallelism spreads the tokens too: each rank keeps, and counts, its own shard of them.
         self.scattered = policy.layout.sequence_parallel
@@ -93,14 +103,35 @@ class Updater:
         self.owns_blocks = groups.leads
         self.owns_tokens = groups.is_last_stage and (self.scattered or groups.tensor.rank() == 0)
 
+    def prepare(self, trajectories: Sequence[Trajectory]) -> None:
+        """Fill in what the prepared factors say of this replica's responses of a rollout batch, before its updates.
+
+        Done where the teacher's and the old log-probs are: on the ranks of the last pipeline stage. Collective over
+        the replicas.
+        """
+        groups = self.policy.groups
+        if not self.prepared or not groups.is_last_stage:
+            return
+        over_replicas = sum_over([parallel_state.get_data_parallel_group()])
+        mine = [t for t in trajectories if groups.owns(t.index)]
+        factors = prepare(self.prepared, mine, lambda sums: over_replicas(sums.to(default_device())).to(sums.device))
+        for trajectory, factor in zip(mine, factors):
+            trajectory.weights_R, trajectory.mass_R = factor.weight_n, factor.mass_n
+
     def update(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step over this replica's micro-batches; other replicas may bring more or fewer.
+
+        Where the factors leave no token any mass there is nothing to average: no replica makes the step, and
+        `weight/empty_updates` counts it.
 
         Raises:
             NonFiniteError: on all ranks alike, before the weights are touched.
         """
         report = self.accumulate(batches)
         report.statistics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
+        if "weight/empty_updates" in report.statistics:
+            report.statistics["train/grad_norm"] = 0.0
+            return report
         _, grad_norm, _ = self.optimizer.step()
         report.statistics["train/grad_norm"] = float(grad_norm)
         return report
@@ -128,14 +159,16 @@ class Updater:
         totals = totals.over(sum_over([dist.group.WORLD]))
         _check_finite(totals)
         mass, tokens = float(totals["mass"]), float(totals["tokens"])
-        self.module.scale_gradients(1.0 / mass)
+        self.module.scale_gradients(1.0 / mass if mass else 0.0)
         statistics = {
-            "loss/opd": float(totals["loss"]) / mass,
+            "loss/opd": float(totals["loss"]) / mass if mass else 0.0,
             "actor/entropy": float(totals["entropy"]) / tokens,
             "teacher/gap_mean": float(totals["teacher_gap"]) / tokens,
             "train/tokens": tokens,
             **drift_statistics(totals),
         }
+        if not mass:
+            statistics["weight/empty_updates"] = 1.0
         return StepReport(statistics, *drift_by_block(totals))
 
     @staticmethod
@@ -154,7 +187,14 @@ class Updater:
         assert teacher is not None
         gated = self.gate(signals)
         loss_n = self.objective(student, signals)
-        loss_sum = (gated.weight_n * torch.where(mask_n, loss_n, 0.0)).sum()
+        others = [factor(signals) for factor in self.live]
+        if batch.weights_N is not None and batch.mass_N is not None:
+            others.append(Factor(student.rows(batch.weights_N), student.rows(batch.mass_N)))
+        elif self.prepared:
+            raise ValueError("the responses carry no prepared weights: call Updater.prepare on the rollout batch first")
+        other = product(others, mask_n)
+        whole = product([gated, other], mask_n)
+        loss_sum = (whole.weight_n * torch.where(mask_n, loss_n, 0.0)).sum()
 
         with torch.no_grad():
             entropy_n = student.entropy()
@@ -166,7 +206,7 @@ class Updater:
                 return total(~values_n.isfinite())
 
             sums = NamedSums(
-                mass=gated.mass_n.sum(),
+                mass=whole.mass,
                 loss=loss_sum.double(),
                 entropy=total(entropy_n),
                 teacher_gap=total(teacher.logprobs_n - signals.logprobs_n),
@@ -174,6 +214,7 @@ class Updater:
                 nonfinite_old=nonfinite(signals.old_logprobs_n),
                 nonfinite_teacher=nonfinite(teacher.logprobs_n),
                 nonfinite_loss=nonfinite(loss_n),
+                nonfinite_weight=nonfinite(other.weight_n + other.mass_n),
                 **drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks),
             )
         return loss_sum, sums

@@ -6,7 +6,7 @@ Starting ranks costs far more than the work, so one set of ranks goes through al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_bpdg.controllers.factor import Live, Prepared
 from megatron_bpdg.data.batch import by_tokens
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import Gate, Segments, Signals, TeacherSignal
@@ -83,7 +84,12 @@ def run_cases(cases: Mapping[str, Case], models: Path) -> dict[str, dict[str, An
 
 
 def run_case(
-    case: Case, models: Path, updates: Iterable[str] = tuple(UPDATES), train_steps: int = TRAIN_STEPS
+    case: Case,
+    models: Path,
+    updates: Iterable[str] = tuple(UPDATES),
+    train_steps: int = TRAIN_STEPS,
+    live: Sequence[Live] = (),
+    prepared: Sequence[Prepared] = (),
 ) -> dict[str, Any]:
     """Gradients and statistics of one gated step per objective, then a short training; HF names, full tensors."""
     from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
@@ -118,8 +124,8 @@ def run_case(
         config = read_hf_config(models / case.kind / case.student)
 
         batch = responses()
-        for trajectory in batch:
-            trajectory.old_logprobs_R = trajectory.sampler_logprobs_R
+        for index, trajectory in enumerate(batch):
+            trajectory.index, trajectory.old_logprobs_R = index, trajectory.sampler_logprobs_R
         groups = student.groups
 
         def chunks(count: int) -> list[list[Trajectory]]:
@@ -138,7 +144,8 @@ def run_case(
             objective, everything = UPDATES[name]
             loss = build_objective(objective_config(objective))
             student.head = head(loss.needs)
-            updater = Updater(student, module, optimizer, loss, Gate(tau=TAU), TEMPERATURE)
+            updater = Updater(student, module, optimizer, loss, Gate(tau=TAU), TEMPERATURE, live, prepared)
+            updater.prepare(batch)
             report = updater.accumulate(to_batches(chunks(len(batch) if everything else 1), student))
             result[name] = {"statistics": report.statistics, "heat": (report.block_drift, report.block_tokens)}
             if not layout.distributed_optimizer:  # there, a rank holds only its part of the summed gradient
@@ -161,7 +168,13 @@ def run_case(
         return result
 
 
-def dense_reference(models: Path, objective: str) -> tuple[float, dict[str, torch.Tensor]]:
+Others = Callable[[Trajectory, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(response, its drift) -> weight and mass of its tokens, beside the gate's."""
+
+
+def dense_reference(
+    models: Path, objective: str, others: Others | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by HF's own model, dense operations in float64, one sequence at a time, no Megatron.
 
     No padding, no batching: a gate per block from the tokens that count, and the sum over them divided by its mass.
@@ -192,12 +205,13 @@ def dense_reference(models: Path, objective: str) -> tuple[float, dict[str, torc
         )
         per_token = build_objective(objective_config(objective))(ops, signals)
         drift = (logprobs - old).detach()
+        weight, share = others(trajectory, drift) if others else (torch.ones_like(drift),) * 2
         for block in trajectory.block_R.unique():
             counted = (trajectory.block_R == block) & trajectory.counts
             if bool(counted.any()):
                 gate = math.exp(-TAU * abs(float(drift[counted].mean())))
-                loss = loss + gate * per_token[counted].sum()
-                mass += gate * int(counted.sum())
+                loss = loss + gate * (weight * per_token)[counted].sum()
+                mass += gate * float(share[counted].sum())
     (loss / mass).backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return float(loss.detach()) / mass, dict(_as_saved(gradients))

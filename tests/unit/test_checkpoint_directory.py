@@ -89,7 +89,7 @@ def test_convert(work: Path, tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_serve(work: Path, form: str) -> None:
-    from megatron_bpdg.serving.launch import as_hf
+    from megatron_bpdg.serving.sglang.launch import as_hf
 
     served = as_hf(work / form, None, Console(file=io.StringIO()))
     assert served == work / "run" / "served-7"

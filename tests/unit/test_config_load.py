@@ -1,3 +1,5 @@
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,7 @@ evaluation:
         "teacher: engine: megatron needs `checkpoint`",
         "data.train: required, but not given (training prompts (.parquet or .jsonl); for kind: sft, lines with "
         "`response`)",
+        "data.grader.name = 'train': should be one of math_verify, exact, module:Class",
         "data.trian: unknown key; did you mean data.train?",
         "rollout.temperature: unknown key; did you mean rollout.sampling.temperature or "
         "evaluation.sampling.temperature?",
@@ -135,11 +138,11 @@ evaluation:
 def test_problems_with_the_choice_of_a_variant(write: Any) -> None:
     path = write(MINIMAL)
     assert problems(path, "objective.name=lms") == [
-        "objective.name = 'lms': should be one of sampled_token, lsm, forward_kl, reverse_kl, jsd, sft; "
-        "did you mean lsm?"
+        "objective.name = 'lms': should be one of sampled_token, lsm, forward_kl, reverse_kl, jsd, sft, "
+        "module:Class; did you mean lsm?"
     ]
     assert problems(path, "gate={partition: {size: 3}}") == [
-        "gate.partition.name: required, but not given; one of fixed, newline, token, sequence"
+        "gate.partition.name: required, but not given; one of fixed, newline, token, sequence, module:Class"
     ]
     assert problems(path, "objective=lsm") == ["objective = 'lsm': should be a section, `field: value` lines"]
     assert problems(path, "objective.name=forward_kl", "objective.jsd_bta=0.1") == [
@@ -250,3 +253,97 @@ def test_json_schema_describes_every_section() -> None:
 def test_overrides_do_not_depend_on_yaml_1_1() -> None:
     """The reason for a loader of our own; fails when PyYAML changes its mind."""
     assert yaml.safe_load("1e-6") == "1e-6"
+
+
+OWN = """\
+from dataclasses import dataclass
+
+@dataclass
+class Thing:
+    size: int = 3
+
+def halves(response): return response * 0
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name = "own_things_of_a_user"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / f"{name}_broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield name
+    sys.modules.pop(name, None)
+
+
+PLACES = ["objective", "gate.partition", "data.grader"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_class_of_the_users_own(write: Any, own: str, place: str) -> None:
+    path = write(MINIMAL)
+    assert own not in sys.modules
+    cfg = load_config(path, [f"{place}={{name: '{own}:Thing', args: {{size: 5}}}}"])
+    assert cfg == load_config(write(dump_config(cfg)))
+    section: Any = cfg
+    for part in place.split("."):
+        section = getattr(section, part)
+    assert section.make().size == 5
+
+
+@pytest.mark.parametrize("place", [*PLACES, "weights"])
+def test_what_is_wrong_with_a_class_of_the_users_own(write: Any, own: str, place: str) -> None:
+    path = write(MINIMAL)
+    here = "weights.0" if place == "weights" else place
+
+    def problem(section: str) -> str:
+        (found,) = problems(path, f"{place}={f'[{section}]' if place == 'weights' else section}")
+        return found
+
+    assert problem("{name: 'no_such_module:Thing'}") == (
+        f"{here}.name = 'no_such_module:Thing': cannot import 'no_such_module' (ModuleNotFoundError: No module named "
+        "'no_such_module'); is it on PYTHONPATH?"
+    )
+    assert problem(f"{{name: '{own}_broken:Thing'}}") == (
+        f"{here}.name = '{own}_broken:Thing': cannot import '{own}_broken' (ZeroDivisionError: division by zero); "
+        "correct the module"
+    )
+    assert problem(f"{{name: '{own}:Thin'}}") == (
+        f"{here}.name = '{own}:Thin': '{own}' has no class or function 'Thin'; it has dataclass, Thing, halves"
+    )
+    assert problem(f"{{name: '{own}:Thing', args: {{sise: 5}}}}") == (
+        f"{here}.args = {{'sise': 5}}: do not fit {own}:Thing(size: int = 3) -> None: got an unexpected keyword "
+        "argument 'sise'"
+    )
+    assert problem(f"{{name: '{own}:halves', args: {{size: 5}}}}") == (
+        f"{here}.args = {{'size': 5}}: {own}:halves is not a class: remove args"
+    )
+    assert problem(f"{{name: '{own}:Thing', arg: 1}}").startswith(f"{here}.arg: unknown key; did you mean {here}.args")
+
+
+def test_the_gate_may_stand_among_the_weights(write: Any) -> None:
+    path = write(MINIMAL)
+    cfg = load_config(path, ["weights=[{name: drift_gate, tau: 2.0, partition: {name: token}}]"])
+    gate = load_config(path, ["gate={tau: 2.0, partition: {name: token}}"]).gate
+    assert cfg.drift_gate is not None
+    assert gate is not None
+    assert cfg.drift_gate.model_dump(exclude={"name"}) == gate.model_dump()
+    assert problems(path, "weights=[{name: drift_gate}]", "gate={tau: 1.0}") == [
+        "gate and weights hold 2 drift gates: a run measures one drift; keep one of them"
+    ]
+    assert problems(path, "weights=[{name: drift_gate, tau: -1}]") == [
+        "weights.0.tau = -1: should be greater than or equal to 0"
+    ]
+    assert problems(path, "weights=[{name: drift_gat}]") == [
+        "weights.0.name = 'drift_gat': should be one of drift_gate, module:Class; did you mean drift_gate?"
+    ]
+
+
+def test_users_classes_are_in_the_json_schema() -> None:
+    schema = json_schema()
+    user = {"$ref": "#/$defs/UserClass"}
+    assert user in schema["properties"]["objective"]["oneOf"]
+    assert user in schema["properties"]["weights"]["items"]["oneOf"]
+    assert user in schema["$defs"]["GateConfig"]["properties"]["partition"]["oneOf"]
+    assert {"type": "string"} in schema["$defs"]["Data"]["properties"]["grader"]["anyOf"]
+    assert schema["$defs"]["UserClass"]["properties"]["args"]["type"] == "object"

@@ -1,0 +1,1 @@
+"""What weighs tokens: factors and their products. Plain tensors, no process groups."""
