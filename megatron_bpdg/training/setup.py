@@ -21,7 +21,8 @@ from megatron_bpdg.checkpoint.fresh import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.hf import read_hf_config
 from megatron_bpdg.checkpoint.live import load_weights, save_weights
 from megatron_bpdg.checkpoint.live_weights import LiveWeights
-from megatron_bpdg.config.schema import GateConfig, RunConfig, Sampling, Training
+from megatron_bpdg.config.schema import RunConfig, Sampling, Training
+from megatron_bpdg.config.weights import GateConfig
 from megatron_bpdg.data.graders import Grader, get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, encode_prompts, load_problems, load_sft
 from megatron_bpdg.drift import Partition

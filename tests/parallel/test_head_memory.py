@@ -53,7 +53,8 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
     """The largest tensor of teacher scoring, old log-probs and one update, by head and objective; and the limits."""
     from megatron_bpdg.checkpoint.hf import read_hf_config
     from megatron_bpdg.checkpoint.live import load_weights
-    from megatron_bpdg.config.schema import Layout, ObjectiveConfig, Training
+    from megatron_bpdg.config.objective import ObjectiveConfig
+    from megatron_bpdg.config.schema import Layout, Training
     from megatron_bpdg.drift import Gate
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches
     from megatron_bpdg.models.qwen3 import Qwen3Shape, build_model
