@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_bpdg.config.objective import ObjectiveConfig
 from megatron_bpdg.config.section import Section
 from megatron_bpdg.config.user import ByName, UserClass
+from megatron_bpdg.config.weights import DriftGate, GateConfig, WeightConfig
 
 
 class Layout(Section):
@@ -233,102 +235,6 @@ class Rollout(Section):
         if self.engine == "sglang" and self.servers is None:
             raise ValueError("engine: sglang needs `servers: {urls: [...]}`; start them with `bpdg serve student`")
         return self
-
-
-class SampledToken(Section):
-    """Policy-gradient OPD on the sampled token (arXiv 2603.25562)."""
-
-    name: Literal["sampled_token"]
-    advantage: Literal["behaviour", "online"] = Field(
-        "behaviour", description="log q - log pi_old (behaviour) or log q - sg(log pi) (online)"
-    )
-    advantage_clamp: float | None = Field(None, gt=0.0, description="clamp the advantage to +- this many nats")
-    clip: float = Field(0.2, gt=0.0, lt=1.0, description="PPO clip on pi/pi_old")
-    dual_clip: float | None = Field(3.0, gt=1.0, description="dual-clip bound for negative advantages; null: off")
-
-
-class TeacherTopK(Section):
-    """Local support matching on the teacher's top-K ids (arXiv 2603.25562, Teacher-TopK/LSM)."""
-
-    name: Literal["lsm"]
-    top_k: int = Field(32, ge=1)
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
-    jsd_beta: float = Field(0.5, gt=0.0, lt=1.0)
-    outside: Literal["renormalise", "tail_bucket"] = Field(
-        "renormalise", description="renormalise both sides on the support, or keep the rest as one extra bucket"
-    )
-    append_sampled: bool = Field(False, description="add the sampled token to the support where it is outside")
-
-
-class FullVocabulary(Section):
-    """A divergence over the whole vocabulary (GKD, Agarwal et al. 2024)."""
-
-    name: Literal["forward_kl", "reverse_kl", "jsd"]
-    jsd_beta: float = Field(0.5, gt=0.0, lt=1.0)
-
-
-class SupervisedObjective(Section):
-    """Negative log-likelihood of given responses (kind: sft)."""
-
-    name: Literal["sft"]
-
-
-ObjectiveConfig = Annotated[SampledToken | TeacherTopK | FullVocabulary | SupervisedObjective | UserClass, ByName()]
-
-
-class Fixed(Section):
-    """Blocks of `size` response tokens, counted from the first response token."""
-
-    name: Literal["fixed"]
-    size: int = Field(64, ge=1)
-
-
-class Newline(Section):
-    """Spans that end at newlines; short ones are merged forward, long ones cut."""
-
-    name: Literal["newline"]
-    min_size: int = Field(8, ge=1)
-    max_size: int = Field(256, ge=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Newline:
-        if self.min_size > self.max_size:
-            raise ValueError(f"min_size {self.min_size} exceeds max_size {self.max_size}")
-        return self
-
-
-class TokenPartition(Section):
-    name: Literal["token"]
-
-
-class SequencePartition(Section):
-    name: Literal["sequence"]
-
-
-PartitionConfig = Annotated[Fixed | Newline | TokenPartition | SequencePartition | UserClass, ByName()]
-
-
-class GateConfig(Section):
-    """Blockwise policy-drift gate (arXiv 2606.24084)."""
-
-    partition: PartitionConfig = Fixed(name="fixed")
-    tau: float = Field(1.0, ge=0.0, description="gate = exp(-tau * block drift); 0 turns it into a constant")
-    aggregator: Literal["abs_mean", "mean_abs", "rms", "k3"] = Field(
-        "abs_mean", description="block drift from token drifts d: |mean d| (paper), mean |d|, rms d, mean(e^d-1-d)"
-    )
-    unit_mean: Literal["global", "sequence", "microbatch"] = Field(
-        "global", description="scope of the unit-mean normalisation; global does not depend on the layout"
-    )
-    clip_min: float = Field(0.0, ge=0.0, le=1.0, description="lower bound on the raw gate; 0: off")
-
-
-class DriftGate(GateConfig):
-    """The gate as one of several weights."""
-
-    name: Literal["drift_gate"]
-
-
-WeightConfig = Annotated[DriftGate | UserClass, ByName()]
 
 
 class Training(Section):

@@ -7,21 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bpdg.config.schema import (
-    Fixed,
+from megatron_bpdg.config.objective import (
     FullVocabulary,
-    GateConfig,
-    Newline,
     ObjectiveConfig,
-    PartitionConfig,
-    RunConfig,
     SampledToken,
-    SequencePartition,
     SupervisedObjective,
     TeacherTopK,
-    TokenPartition,
 )
+from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.user import UserClass
+from megatron_bpdg.config.weights import Fixed, GateConfig, Newline, PartitionConfig, SequencePartition, TokenPartition
 from megatron_bpdg.controllers.factor import Live, Prepared
 from megatron_bpdg.drift import (
     FixedBlocks,

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights
-from megatron_bpdg.config.schema import GateConfig, RunConfig, Sampling, Training
+from megatron_bpdg.config.schema import RunConfig, Sampling, Training
+from megatron_bpdg.config.weights import GateConfig
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
 from megatron_bpdg.data.trajectory import Trajectory

@@ -73,7 +73,7 @@ def write_models(folder: Path) -> Path:
 def objective_config(name: str) -> Any:
     from pydantic import TypeAdapter
 
-    from megatron_bpdg.config.schema import ObjectiveConfig
+    from megatron_bpdg.config.objective import ObjectiveConfig
 
     return TypeAdapter(ObjectiveConfig).validate_python(OBJECTIVES[name])
 

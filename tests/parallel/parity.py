@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from megatron_bpdg.config.schema import ObjectiveConfig
+from megatron_bpdg.config.objective import ObjectiveConfig
 from megatron_bpdg.drift import Gate, Segments, Signals, TeacherSignal, no_reduce
 from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps
 from megatron_bpdg.parallel.sequence import sum_over

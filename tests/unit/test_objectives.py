@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_bpdg.config.schema import ObjectiveConfig
+from megatron_bpdg.config.objective import ObjectiveConfig
 from megatron_bpdg.drift import Segments, Signals, TeacherSignal
 from megatron_bpdg.objectives.divergence import divergence, forward_kl, jsd, reverse_kl
 from megatron_bpdg.objectives.local_support import local_support_loss, log_rest
