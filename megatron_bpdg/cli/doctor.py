@@ -141,7 +141,9 @@ async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None
                 "model": facts.model,
                 "dtype": facts.dtype,
                 "context": f"{facts.context_length} tokens",
-                "room": f"{facts.room} tokens of prompt and response" if facts.room else "unknown: it does not say",
+                "room": f"{facts.token_limit} tokens of prompt and response"
+                if facts.token_limit
+                else "unknown: it does not say",
                 "weights": facts.weight_version,
             }
             config = Path(facts.model) / "config.json"

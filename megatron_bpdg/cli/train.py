@@ -33,7 +33,8 @@ def train(
     (WORLD_SIZE is set) it is one of the ranks.
     """
     from megatron_bpdg.config import check_paths, load_config
-    from megatron_bpdg.training.method import build_objective, check_objective
+    from megatron_bpdg.training.fits import check_objective
+    from megatron_bpdg.training.method import build_objective
 
     cfg = load_config(config, overrides or [])
     check_paths(cfg)

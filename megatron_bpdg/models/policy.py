@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import unwrap_model
@@ -21,56 +19,16 @@ from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, ModelShape
 from megatron_bpdg.objectives.vocabulary import VocabOps
 from megatron_bpdg.parallel.head import Head, response_states
+from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.vocab import TokenLayout
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Where this rank stands.
-
-    Attributes:
-        tensor: the ranks that share the matrices.
-        context: the ranks that share the tokens of every sequence.
-        stage: both together: the ranks of one pipeline stage of one replica.
-        is_last_stage: whether hidden states and losses come out here.
-        data_rank, data_size: which replica, out of how many.
-    """
-
-    tensor: dist.ProcessGroup
-    context: dist.ProcessGroup
-    stage: dist.ProcessGroup
-    is_last_stage: bool
-    data_rank: int
-    data_size: int
-
-    @classmethod
-    def current(cls) -> Groups:
-        """Of the initialised Megatron-Core parallel state."""
-        return cls(
-            tensor=parallel_state.get_tensor_model_parallel_group(),
-            context=parallel_state.get_context_parallel_group(),
-            stage=parallel_state.get_tensor_and_context_parallel_group(),
-            is_last_stage=parallel_state.is_pipeline_last_stage(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-        )
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank speaks for its replica: the first one of the last stage."""
-        return self.is_last_stage and self.stage.rank() == 0
-
-    def owns(self, index: int) -> bool:
-        """Whether this replica trains on the response of that place in the step's batch, for good."""
-        return index % self.data_size == self.data_rank
 
 
 class MegatronPolicy:
     """A model on its ranks. `loss` and `read` functions see hidden states and the head, never the model.
 
     Args:
-        module: this rank's stage, bare or wrapped in Megatron-Core's DistributedDataParallel.
+        module: this rank's stage, by itself or wrapped in Megatron-Core's DistributedDataParallel.
         shape: of the whole model.
         layout: of the ranks.
         packed: lay the sequences of a micro-batch one after the other instead of padding them.
@@ -86,10 +44,10 @@ class MegatronPolicy:
         self.packed = packed
         self.head = head or Head()
         self.head.check_device(default_device())
-        self.groups = Groups.current()
+        self.mesh = Mesh.current()
 
     @property
-    def bare(self) -> HiddenStateGPTModel:
+    def unwrapped(self) -> HiddenStateGPTModel:
         return unwrap_model(self.module)
 
     @property
@@ -105,16 +63,16 @@ class MegatronPolicy:
         hidden_NH = response_states(
             hidden_SBH,
             batch.position_N,
-            group=self.groups.tensor,
+            group=self.mesh.tensor,
             sequence_parallel=self.layout.sequence_parallel,
         )
         return self.head.vocab_ops(
             hidden_NH,
-            self.bare.head_weight(),
+            self.unwrapped.head_weight(),
             self.shape.vocab_size,
-            TokenLayout(self.groups.tensor, scattered),
+            TokenLayout(self.mesh.tensor, scattered),
             temperature,
-            accumulate=self.bare.config.gradient_accumulation_fusion and torch.is_grad_enabled(),
+            accumulate=self.unwrapped.config.gradient_accumulation_fusion and torch.is_grad_enabled(),
         )
 
     def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Tensor, MicroBatch], Tensor]) -> None:
@@ -137,7 +95,7 @@ class MegatronPolicy:
         self.module.eval()
         results = self._run(batches, collect, forward_only=True)[: len(batches)]
         self.module.train(training)
-        return results if self.groups.is_last_stage else []
+        return results if self.mesh.is_last_stage else []
 
     def _in_step(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """As many micro-batches on every rank: tokens go to experts on other replicas, which have to be there too."""
@@ -196,7 +154,7 @@ def to_batches(chunks: Sequence[Sequence[Trajectory]], policy: MegatronPolicy) -
             length_multiple=policy.length_multiple,
             token_multiple=policy.layout.tensor_parallel,
             packed=policy.packed,
-            context_rank=policy.groups.context.rank(),
+            context_rank=policy.mesh.context.rank(),
             context_size=policy.layout.context_parallel,
         )
         for chunk in chunks

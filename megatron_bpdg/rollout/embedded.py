@@ -62,7 +62,7 @@ class EmbeddedEngine:
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> RolloutStream:
         if self.version < 0:
             raise RuntimeError("EmbeddedEngine.stream before load_weights: the sampler has no weights yet")
-        if any(request.begun is not None for request in requests):
+        if any(request.started is not None for request in requests):
             raise ValueError("the embedded engine never cuts responses off and cannot go on with one")
         return _Batches(self, requests, sampling)
 

@@ -34,17 +34,17 @@ class Response:
 
     @classmethod
     def empty(cls) -> Response:
-        """One that has not begun."""
+        """One that has not started."""
         return cls([], torch.zeros(0), False, torch.zeros(0, dtype=torch.int32), cut_off=True)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be sampled. `seed` fixes the result where the engine can; `begun` is gone on with."""
+    """One response to be sampled. `seed` fixes the result where the engine can; `started` is gone on with."""
 
     prompt_ids: list[int]
     seed: int
-    begun: Response | None = None
+    started: Response | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RolloutStream(Protocol):
     def __iter__(self) -> Iterator[Finished]: ...
 
     def interrupt(self) -> Finished:
-        """Cut off what is not finished and return it as it is, begun or not."""
+        """Cut off what is not finished and return it as it is, started or not."""
         ...
 
 

@@ -15,13 +15,13 @@ from megatron_bpdg.rollout.sampling import sample_seed
 # Two groups of the same prompt are two groups.
 @dataclass(eq=False)
 class _Group:
-    """All samples of one prompt, drawn for a step; `begun` are cut off and wait to be gone on with."""
+    """All samples of one prompt, drawn for a step; `started` are cut off and wait to be gone on with."""
 
     step: int
     problem: int
     seeds: list[int]
     done: dict[int, Response] = field(default_factory=dict)
-    begun: dict[int, Response] = field(default_factory=dict)
+    started: dict[int, Response] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -55,7 +55,7 @@ class GroupSampler:
             groups.append(self._draw(step, groups))
         places = [(g, s) for g in groups for s in range(len(g.seeds)) if s not in g.done]
         stream = engine.stream(
-            [Request(self.prompt_ids[g.problem], g.seeds[s], g.begun.get(s)) for g, s in places], self.cfg.sampling
+            [Request(self.prompt_ids[g.problem], g.seeds[s], g.started.get(s)) for g, s in places], self.cfg.sampling
         )
         taken: list[_Group] = []
 
@@ -75,7 +75,7 @@ class GroupSampler:
                 break
         for index, response in stream.interrupt():
             group, sample = places[index]
-            (group.begun if response.cut_off else group.done)[sample] = response
+            (group.started if response.cut_off else group.done)[sample] = response
         self._waiting = [group for group in groups if group not in taken]
 
     def _draw(self, step: int, others: Sequence[_Group]) -> _Group:

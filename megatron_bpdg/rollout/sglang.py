@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpdg.config.schema import Sampling, Servers
+from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
 from megatron_bpdg.rollout.probe import check_probe, weights_are
@@ -41,8 +42,7 @@ class SGLangEngine:
         servers: addresses and patience.
         sync: carries the weights over.
         sync_urls: the engines that get the weights; other than the servers' only where those are routers.
-        replica, replicas: this rank's data-parallel replica and how many there are.
-        leader: whether this rank talks for its replica.
+        mesh: where this rank stands; one rank of each data-parallel replica talks for it.
         vocab_size: ids outside it are refused before they reach a server, which they would kill.
         api_key: bearer token, or None.
     """
@@ -53,14 +53,12 @@ class SGLangEngine:
         sync: WeightSync,
         *,
         sync_urls: Sequence[str] | None,
-        replica: int,
-        replicas: int,
-        leader: bool,
+        mesh: Mesh,
         vocab_size: int,
         api_key: str | None = None,
     ) -> None:
         self.servers, self.sync = servers, sync
-        self.replica, self.replicas, self.leader, self.vocab_size = replica, replicas, leader, vocab_size
+        self.mesh, self.vocab_size = mesh, vocab_size
         self.sync_urls = [url.rstrip("/") for url in sync_urls or servers.urls]
         self.version = -1
         self.retries = 0
@@ -79,7 +77,7 @@ class SGLangEngine:
     @property
     def _talks(self) -> bool:
         """Leaders ask for responses; the first rank of all sends the weights and checks them."""
-        return self.leader or dist.get_rank() == 0
+        return self.mesh.is_leader or dist.get_rank() == 0
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -192,8 +190,8 @@ class SGLangEngine:
 
     async def sample(self, job: _Job, sampling: Sampling) -> Response:
         """Sample one response to its end; goes on where others aborted it, ends early where `job` is cancelled."""
-        begun = job.request.begun or Response.empty()
-        ids, logprobs, versions = list(begun.ids), [begun.logprobs], [begun.version_R]
+        started = job.request.started or Response.empty()
+        ids, logprobs, versions = list(started.ids), [started.logprobs], [started.version_R]
         finish = "abort"
         while finish == "abort" and not job.interrupted and len(ids) < sampling.max_new_tokens:
             answer, version_R = await self.pool.call(partial(self._ask, job=job, ids=ids, sampling=sampling), job.name)
@@ -296,10 +294,10 @@ class SGLangStream:
         self.engine, self.count = engine, len(requests)
         self._left = len(requests)
         self._running: dict[Future[Response], _Job] = {}
-        if engine.leader:
+        if engine.mesh.is_leader:
             assert engine._background is not None
             for index, request in enumerate(requests):
-                if index % engine.replicas == engine.replica:
+                if engine.mesh.owns(index):
                     job = _Job(index, request)
                     self._running[engine._background.submit(engine.sample(job, sampling))] = job
 

@@ -46,9 +46,9 @@ def score(
         if needs.full:
             log_p_NV = ops.log_softmax()
             # Padded columns keep the shards of all ranks equally wide; they have probability zero.
-            width = len(policy.bare.head_weight())
+            width = len(policy.unwrapped.head_weight())
             scores["full"] = F.pad(log_p_NV, (0, width - log_p_NV.shape[1]), value=-torch.inf)
-        mine = batch.token_N[batch.real_N], batch.num_tokens, policy.groups.context
+        mine = batch.token_N[batch.real_N], batch.num_tokens, policy.mesh.context
         return {name: gather_tokens(tensor[batch.real_N], *mine).cpu() for name, tensor in scores.items()}
 
     for trajectories, scores in zip(micro_batches, policy.forward(to_batches(micro_batches, policy), read)):

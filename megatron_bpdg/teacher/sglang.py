@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_bpdg.config.schema import Servers, Teacher
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.models.policy import Groups
 from megatron_bpdg.objectives.objective import TeacherNeeds
+from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.together import everyone, on_first, wait_together
 from megatron_bpdg.serving.http.background import Background
@@ -43,7 +43,7 @@ class SGLangTeacher:
         temperature: the sampling temperature. Servers score at temperature 1 only: at another one the log-probs are
             divided by it, which leaves out each position's normaliser. `build` refuses objectives that need it.
         vocab_size: rows of the teacher's vocabulary.
-        groups: where this rank stands.
+        mesh: where this rank stands.
         api_key: bearer token, or None.
 
     Raises:
@@ -57,14 +57,14 @@ class SGLangTeacher:
         temperature: float,
         *,
         vocab_size: int,
-        groups: Groups,
+        mesh: Mesh,
         api_key: str | None = None,
     ) -> None:
         assert cfg.servers is not None
         self.cfg, self.needs, self.temperature = cfg, needs, temperature
-        self.vocab_size, self.groups = vocab_size, groups
+        self.vocab_size, self.mesh = vocab_size, mesh
         self.dtype = _DTYPES[cfg.payload_dtype]
-        self.leader = groups.leads
+        self.is_leader = mesh.is_leader
         self.pool = ServerPool(cfg.servers, "teacher", api_key, self._is_the_same)
         # By identity; holding the trajectory keeps its identity its own.
         self._asked: dict[int, tuple[Trajectory, Future[Scored]]] = {}
@@ -72,7 +72,7 @@ class SGLangTeacher:
         generator = torch.Generator().manual_seed(0)
         self._text = torch.randint(vocab_size, (_FINGERPRINT_TOKENS + 1,), generator=generator).tolist()
         self._fingerprint_T = torch.zeros(0)
-        self._background = Background("bpdg-teacher") if self.leader else None
+        self._background = Background("bpdg-teacher") if self.is_leader else None
         problem = None
         if self._background is not None:
             self._background.run(self.pool.open())
@@ -99,7 +99,7 @@ class SGLangTeacher:
         """Ask for what this replica will need of these."""
         if self._background is None:
             return
-        mine = [t for t in trajectories if self.groups.owns(t.index)]
+        mine = [t for t in trajectories if self.mesh.owns(t.index)]
         for batch in _batches(mine, self.cfg.tokens_per_request):
             answers = self._background.submit(self._score(batch))
             for position, trajectory in enumerate(batch):
@@ -113,17 +113,17 @@ class SGLangTeacher:
         """
         trajectories = [trajectory for batch in micro_batches for trajectory in batch]
         problem = None
-        if self.leader:
+        if self.is_leader:
             self.prefetch([t for t in trajectories if id(t) not in self._asked])
-        wait_together([self._asked[id(t)][1] for t in trajectories] if self.leader else [])
-        if self.leader:
+        wait_together([self._asked[id(t)][1] for t in trajectories] if self.is_leader else [])
+        if self.is_leader:
             try:
                 for trajectory in trajectories:
                     self._store(*self._asked.pop(id(trajectory)))
             except (ServerError, ServingError) as error:
                 problem = str(error)
         _raise_everywhere(problem)
-        if self.groups.is_last_stage and self.groups.stage.size() > 1:
+        if self.mesh.is_last_stage and self.mesh.stage.size() > 1:
             self._hand_round(trajectories)
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class SGLangTeacher:
     def _hand_round(self, trajectories: Sequence[Trajectory]) -> None:
         """Broadcast the leader's payload to the other ranks of the stage, response by response."""
         device = default_device()
-        source = dist.get_process_group_ranks(self.groups.stage)[0]
+        source = dist.get_process_group_ranks(self.mesh.stage)[0]
         for t in trajectories:
             R, K = len(t.response_ids), self.needs.top_k
             fields: list[tuple[str, tuple[int, ...], torch.dtype]] = [("teacher_logprobs_R", (R,), self.dtype)]
@@ -151,7 +151,7 @@ class SGLangTeacher:
             for name, shape, dtype in fields:
                 held: Tensor | None = getattr(t, name)
                 tensor = (torch.empty(shape, dtype=dtype) if held is None else held).to(device)
-                dist.broadcast(tensor, src=source, group=self.groups.stage)
+                dist.broadcast(tensor, src=source, group=self.mesh.stage)
                 setattr(t, name, tensor.cpu())
 
     async def _score(self, batch: Sequence[Trajectory]) -> list[Scored]:

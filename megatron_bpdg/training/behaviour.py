@@ -48,7 +48,7 @@ class TrainerBehaviour:
             if trajectory.version_R is not None:
                 # Older weights (partial rollouts) differ for a reason of their own.
                 difference = difference[trajectory.version_R == version]
-            if self.student.groups.leads:
+            if self.student.mesh.is_leader:
                 k3 = torch.expm1(difference) - difference
                 sums.add_(torch.stack([torch.ones_like(difference).sum(), difference.abs().sum(), k3.sum()]))
 

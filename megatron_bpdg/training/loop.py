@@ -14,10 +14,10 @@ from contextlib import closing, contextmanager
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.sampler import PromptSampler
 from megatron_bpdg.parallel.world import world
+from megatron_bpdg.training.build import build_run, build_supervised
 from megatron_bpdg.training.deterministic import deterministic
 from megatron_bpdg.training.plan import first_pass, micro_batches, plan_updates
 from megatron_bpdg.training.recorder import Recorder
-from megatron_bpdg.training.setup import build_run, build_supervised
 from megatron_bpdg.training.source import RolloutSource
 
 
@@ -37,9 +37,9 @@ def distill(cfg: RunConfig) -> None:
 
             for step in range(1, cfg.training.steps + 1):
                 clock = Clock()
-                with clock("rollout"), recorder.rollout(step) as tell:
-                    batch = source.take(step, tell)
-                updates = plan_updates(batch, cfg, run.student.groups, step)
+                with clock("rollout"), recorder.rollout(step) as on_group:
+                    batch = source.take(step, on_group)
+                updates = plan_updates(batch, cfg, run.student.mesh, step)
                 # Scored in the micro-batches of the first epoch, so that its first update finds drift of exactly zero.
                 to_score = first_pass(updates)
 
@@ -75,7 +75,7 @@ def fine_tune(cfg: RunConfig) -> None:
                 clock = Clock()
                 with clock("update"), run.saving_on_failure(step):
                     chosen = [examples[i] for i in order.batch(step - 1)]
-                    report = run.update(micro_batches(chosen, cfg, run.student.groups))
+                    report = run.update(micro_batches(chosen, cfg, run.student.mesh))
                 recorder.supervised_step(step, report, clock.seconds)
                 last = step == cfg.training.steps
                 if last or due(step, cfg.evaluation.every):

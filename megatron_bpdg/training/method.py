@@ -115,33 +115,3 @@ def build_objective(config: ObjectiveConfig) -> Objective:
                     "megatron_bpdg.objectives.objective.Objective"
                 )
             return objective
-
-
-def check_objective(cfg: RunConfig, objective: Objective) -> None:
-    """Whether head and teacher of the config give what the objective reads.
-
-    A server gives log-probs of given tokens at temperature 1, and of the K most likely ids.
-
-    Raises:
-        ValueError: naming the fields that do not go together.
-    """
-    name, needs = cfg.objective.name, objective.needs
-    if needs.full and cfg.training.head in ("chunked", "fused"):
-        raise ValueError(
-            f"training.head: {cfg.training.head} never makes the logits, and objective.name: {name} is a sum over the "
-            "whole vocabulary: set training.head to auto or materialised"
-        )
-    if cfg.teacher is None or cfg.teacher.engine != "sglang":
-        return
-    if needs.full:
-        raise ValueError(
-            f"objective.name: {name} needs the teacher's whole distribution, and teacher.engine: sglang gives its top "
-            "K: use objective.name: lsm, or teacher.engine: megatron"
-        )
-    temperature = cfg.rollout.sampling.temperature
-    if temperature != 1.0 and needs.normalised:
-        raise ValueError(
-            f"rollout.sampling.temperature = {temperature:g} with teacher.engine: sglang: servers score given "
-            "tokens at temperature 1 only, which is enough for objective.name: lsm with outside: renormalise; use "
-            "that, temperature 1, or teacher.engine: megatron"
-        )

@@ -118,7 +118,7 @@ class Recorder:
         """Progress of a step's rollouts; yields what to call with each group that has been finished."""
         start, responses, tokens = time.perf_counter(), 0, 0
 
-        def tell(group: Sequence[Trajectory]) -> None:
+        def on_group(group: Sequence[Trajectory]) -> None:
             nonlocal responses, tokens
             responses += len(group)
             tokens += sum(len(trajectory.response_ids) for trajectory in group)
@@ -126,7 +126,7 @@ class Recorder:
                 rate = tokens / (time.perf_counter() - start)
                 self.progress.status(f"step {step}: {responses}/{_asked_for(self.cfg)} responses  {rate:.0f} tok/s")
 
-        yield tell
+        yield on_group
 
     def warn_if_same(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Say so when the teacher's first log-probs are the student's own: it has nothing to teach then."""

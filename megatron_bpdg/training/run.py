@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -22,11 +23,17 @@ from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.models.qwen3 import ModelShape
-from megatron_bpdg.rollout.engine import RolloutEngine
+from megatron_bpdg.objectives.objective import TeacherNeeds
+from megatron_bpdg.parallel.together import everyone
+from megatron_bpdg.rollout.engine import Probe, RolloutEngine
+from megatron_bpdg.teacher.scoring import score
 from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.behaviour import Behaviour
-from megatron_bpdg.training.engines import PROBE_TOLERANCE, make_probe
 from megatron_bpdg.training.step import NonFiniteError, StepReport, Updater
+
+# The text by which a sampler's copy of the weights is checked, and how far right answers to it may be apart (nats).
+PROBE_TOKENS = 64
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 @dataclass
@@ -113,3 +120,16 @@ class Run:
     def save(self, step: int) -> None:
         """Write the student as a torch_dist checkpoint under ``output/checkpoints``."""
         save_weights([self.module], self.cfg.output / "checkpoints", self.hf_folder, iteration=step)
+
+
+def make_probe(student: MegatronPolicy, tolerance: float) -> Probe:
+    """A fixed text of random ids and what the student says about it. Collective."""
+    shape = student.shape
+    generator = torch.Generator().manual_seed(0)
+    length = min(PROBE_TOKENS, shape.max_position_embeddings // 2)
+    ids: list[int] = torch.randint(shape.vocab_size, (length,), generator=generator).tolist()
+    text = Trajectory(0, 0, ids[:1], ids[1:], torch.zeros(length - 1), finished=True)
+    text.block_R = torch.zeros(length - 1, dtype=torch.int64)
+    heard: list[torch.Tensor] = []
+    score(student, [[text]], TeacherNeeds(), 1.0, lambda _, scores: heard.append(scores["logprobs"].float()))
+    return Probe(ids, next(found[0] for found in everyone(heard) if found), tolerance)

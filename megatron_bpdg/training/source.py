@@ -22,18 +22,18 @@ class RolloutSource:
         self.run = run
         self.groups = GroupSampler(run.cfg.rollout, run.prompts.ids, run.cfg.seed)
 
-    def take(self, step: int, tell: Callable[[Sequence[Trajectory]], None]) -> list[Trajectory]:
+    def take(self, step: int, on_group: Callable[[Sequence[Trajectory]], None]) -> list[Trajectory]:
         """The step's responses in the order of its prompts, which need not be the order in which they finished.
 
         Args:
-            tell: called with each group that is complete.
+            on_group: called with each group that is complete.
 
         Raises:
             ValueError: a malformed sample, or every response of the step is empty.
         """
         taken: list[Trajectory] = []
         for group in self.groups.step(self.run.engine, step):
-            tell(group)
+            on_group(group)
             usable = self.prepare(group)
             self.run.teacher.prefetch(usable)
             taken += usable

@@ -96,12 +96,12 @@ class Updater:
         self.temperature = temperature
         self.live = live
         self.prepared = prepared
-        groups = policy.groups
+        mesh = policy.mesh
         # Sequence parallelism spreads the tokens too: each rank keeps, and counts, its own shard of them.
         self.scattered = policy.layout.sequence_parallel
-        self.reduce = sum_over([groups.tensor, groups.context] if self.scattered else [groups.context])
-        self.owns_blocks = groups.leads
-        self.owns_tokens = groups.is_last_stage and (self.scattered or groups.tensor.rank() == 0)
+        self.reduce = sum_over([mesh.tensor, mesh.context] if self.scattered else [mesh.context])
+        self.owns_blocks = mesh.is_leader
+        self.owns_tokens = mesh.is_last_stage and (self.scattered or mesh.tensor.rank() == 0)
 
     def prepare(self, trajectories: Sequence[Trajectory]) -> None:
         """Fill in what the prepared factors say of this replica's responses of a rollout batch, before its updates.
@@ -109,11 +109,11 @@ class Updater:
         Done where the teacher's and the old log-probs are: on the ranks of the last pipeline stage. Collective over
         the replicas.
         """
-        groups = self.policy.groups
-        if not self.prepared or not groups.is_last_stage:
+        mesh = self.policy.mesh
+        if not self.prepared or not mesh.is_last_stage:
             return
         over_replicas = sum_over([parallel_state.get_data_parallel_group()])
-        mine = [t for t in trajectories if groups.owns(t.index)]
+        mine = [t for t in trajectories if mesh.owns(t.index)]
         factors = prepare(self.prepared, mine, lambda sums: over_replicas(sums.to(default_device())).to(sums.device))
         for trajectory, factor in zip(mine, factors):
             trajectory.weights_R, trajectory.mass_R = factor.weight_n, factor.mass_n
@@ -249,7 +249,7 @@ class Updater:
             else ParallelVocab(
                 batch.teacher_full_NV,
                 self.policy.shape.vocab_size,
-                TokenLayout(self.policy.groups.tensor, self.scattered),
+                TokenLayout(self.policy.mesh.tensor, self.scattered),
             )
             .log_softmax()
             .detach(),

@@ -20,10 +20,10 @@ from megatron_bpdg.models.qwen3 import ModelShape, check_layout
 from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Response
+from megatron_bpdg.training.build import build_run
 from megatron_bpdg.training.loop import distill
 from megatron_bpdg.training.plan import Update, plan_updates
 from megatron_bpdg.training.run import Run
-from megatron_bpdg.training.setup import build_run
 from megatron_bpdg.training.source import RolloutSource
 from megatron_bpdg.training.step import NonFiniteError
 from tests.integration.miniature import (
@@ -297,7 +297,7 @@ def test_a_student_with_nan_weights(config: Path, refused: Refuse, miniature: Mi
 def scored(run: Run, groups: int) -> tuple[list[Trajectory], Update]:
     """Responses of the first prompts of step 1, and one update of them, ready to be made."""
     batch = RolloutSource(run).take(1, lambda group: None)[: groups * run.cfg.rollout.samples_per_prompt]
-    (update,) = plan_updates(batch, run.cfg, run.student.groups, step=1)
+    (update,) = plan_updates(batch, run.cfg, run.student.mesh, step=1)
     run.teacher.score(update.micro_batches)
     run.behaviour.score(update.micro_batches, version=0)
     return batch, update

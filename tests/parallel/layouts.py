@@ -126,10 +126,10 @@ def run_case(
         batch = responses()
         for index, trajectory in enumerate(batch):
             trajectory.index, trajectory.old_logprobs_R = index, trajectory.sampler_logprobs_R
-        groups = student.groups
+        mesh = student.mesh
 
         def chunks(count: int) -> list[list[Trajectory]]:
-            mine = [t for i, t in enumerate(batch[:count]) if i % groups.data_size == groups.data_rank]
+            mine = [t for i, t in enumerate(batch[:count]) if mesh.owns(i)]
             if case.packed:
                 return by_tokens(mine, MICRO_BATCH_TOKENS) or [[]]
             return [mine[i : i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)] or [[]]

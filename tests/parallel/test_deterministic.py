@@ -64,7 +64,9 @@ def whole_runs(miniature: Miniature, folder: Path) -> dict[str, Any]:
         in_mode: list[bool] = []
 
         def update(self: Any, batches: Any, made: Any = step.Updater.update, in_mode: list[bool] = in_mode) -> Any:
-            in_mode.append(torch.are_deterministic_algorithms_enabled() and self.policy.bare.config.deterministic_mode)
+            in_mode.append(
+                torch.are_deterministic_algorithms_enabled() and self.policy.unwrapped.config.deterministic_mode
+            )
             return made(self, batches)
 
         cfg = miniature.config(

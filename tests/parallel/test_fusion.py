@@ -130,7 +130,7 @@ def one_rank(cases: Mapping[str, Case], models: Path, miniature: Miniature, fold
             loop.distill(cfg)
         assert isinstance(built[0].teacher, MegatronTeacher)
         policies = (built[0].student, built[0].teacher.policy)
-        fuse = [policy.bare.config.gradient_accumulation_fusion for policy in policies]
+        fuse = [policy.unwrapped.config.gradient_accumulation_fusion for policy in policies]
         logged, saved = metrics(cfg.output), weights(cfg.output / "checkpoints")
         report[f"run {setting}"] = fuse, logged, saved
     return report

@@ -43,7 +43,7 @@ def _logits(checkpoint: Path) -> list[torch.Tensor]:
         def read(hidden_SBH: Any, batch: Any) -> Any:
             size, width = len(batch.input_ids_BS), hidden_SBH.shape[-1]
             assert hidden_SBH.shape[1] == size
-            return hidden_SBH.reshape(-1, width)[batch.position_N] @ policy.bare.head_weight().T
+            return hidden_SBH.reshape(-1, width)[batch.position_N] @ policy.unwrapped.head_weight().T
 
         logits_NV = torch.cat(policy.forward(batches, read))
     return list(logits_NV.split([len(t.response_ids) for t in given]))

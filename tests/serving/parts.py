@@ -22,7 +22,7 @@ from megatron_bpdg.parallel.world import world
 from megatron_bpdg.rollout.engine import Probe, Response
 from megatron_bpdg.rollout.sglang import SGLangEngine
 from megatron_bpdg.serving.sglang.weights import build_weight_sync
-from megatron_bpdg.training.engines import make_probe
+from megatron_bpdg.training.run import make_probe
 
 
 def patience(*urls: str, **changes: Any) -> Servers:
@@ -46,14 +46,11 @@ class Trainer:
     output: Path
 
     def engine(self, servers: Servers, **sync: Any) -> SGLangEngine:
-        groups = self.policy.groups
         return SGLangEngine(
             servers,
             build_weight_sync(WeightSync(**sync), self.output),
             sync_urls=None,
-            replica=groups.data_rank,
-            replicas=groups.data_size,
-            leader=groups.leads,
+            mesh=self.policy.mesh,
             vocab_size=self.policy.shape.vocab_size,
         )
 

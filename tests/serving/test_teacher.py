@@ -53,12 +53,12 @@ def score_both(
     """Payloads of the server and of the same weights in process, on this rank."""
     needs = TeacherNeeds(top_k=K)
     with trainer(checkpoint, Path(), layout) as model:
-        groups = model.policy.groups
-        served = SGLangTeacher(config(url, **changes), needs, temperature, vocab_size=VOCAB, groups=groups)
+        mesh = model.policy.mesh
+        served = SGLangTeacher(config(url, **changes), needs, temperature, vocab_size=VOCAB, mesh=mesh)
         ours, theirs = responses(), responses()
 
         def mine(batch: list[Trajectory]) -> list[list[Trajectory]]:
-            share = [t for t in batch if t.index % groups.data_size == groups.data_rank]
+            share = [t for t in batch if mesh.owns(t.index)]
             return [share[:2], share[2:]]
 
         # Half of them have been asked about early.
@@ -129,14 +129,14 @@ def test_servers_of_different_weights_are_told_apart(
             TeacherNeeds(top_k=K),
             1.0,
             vocab_size=VOCAB,
-            groups=model.policy.groups,
+            mesh=model.policy.mesh,
         )
 
 
 def test_a_teacher_whose_weights_change_stops_the_run(miniature: Miniature, teacher_server: Any) -> None:
     with trainer(miniature.teacher, Path()) as model:
         teacher = SGLangTeacher(
-            config(teacher_server.url), TeacherNeeds(top_k=K), 1.0, vocab_size=VOCAB, groups=model.policy.groups
+            config(teacher_server.url), TeacherNeeds(top_k=K), 1.0, vocab_size=VOCAB, mesh=model.policy.mesh
         )
         teacher._version = "yesterday's"
         with pytest.raises(ServingError, match="a teacher's weights must not change"):
@@ -150,7 +150,7 @@ def test_an_unreachable_teacher(miniature: Miniature) -> None:
         pytest.raises(ServingError, match="not every server can be asked"),
     ):
         SGLangTeacher(
-            config("http://127.0.0.1:9"), TeacherNeeds(top_k=K), 1.0, vocab_size=VOCAB, groups=model.policy.groups
+            config("http://127.0.0.1:9"), TeacherNeeds(top_k=K), 1.0, vocab_size=VOCAB, mesh=model.policy.mesh
         )
 
 
@@ -158,7 +158,7 @@ def test_another_tokenizer_is_refused(miniature: Miniature, teacher_server: Any)
     tokenizer = AutoTokenizer.from_pretrained(miniature.teacher, local_files_only=True)
     with trainer(miniature.teacher, Path()) as model:
         teacher = SGLangTeacher(
-            config(teacher_server.url), TeacherNeeds(top_k=K), 1.0, vocab_size=VOCAB, groups=model.policy.groups
+            config(teacher_server.url), TeacherNeeds(top_k=K), 1.0, vocab_size=VOCAB, mesh=model.policy.mesh
         )
         teacher.check_tokenizer(tokenizer)
 

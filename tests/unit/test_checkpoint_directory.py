@@ -100,9 +100,9 @@ def test_serve(work: Path, form: str) -> None:
 def test_train(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Config and tokenizer of both roles, and the weights."""
     from megatron_bpdg.checkpoint import live
-    from megatron_bpdg.training import engines, setup
+    from megatron_bpdg.training import build
 
-    assert setup._folder(work / form, "student.checkpoint") == work / "run" / "checkpoints" / "hf"
+    assert build._folder(work / form, "student.checkpoint") == work / "run" / "checkpoints" / "hf"
     filled: list[torch.Tensor] = []
     monkeypatch.setattr(
         live,
@@ -111,9 +111,9 @@ def test_train(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert live.load_weights([], work / form)["vocab_size"] == 98
     assert torch.equal(filled[0], load_file(work / "newest" / "model.safetensors")["model.embed_tokens.weight"])
-    monkeypatch.setattr(engines, "served_model", lambda servers, key: work / "newest")
+    monkeypatch.setattr(build, "served_model", lambda servers, key: work / "newest")
     teacher: Any = {"engine": "sglang", "checkpoint": work / form, "servers": {"urls": ["http://localhost:1"]}}
-    assert engines.teacher_source(Teacher.model_validate(teacher)) == work / form
+    assert build.teacher_source(Teacher.model_validate(teacher)) == work / form
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,7 +14,7 @@ from megatron_bpdg.config.schema import Layout, Training
 from megatron_bpdg.models.qwen3 import ModelShape, transformer_config
 from megatron_bpdg.parallel.platform import cpu_platform
 from megatron_bpdg.training.deterministic import VARIABLES, deterministic
-from megatron_bpdg.training.setup import fuses_gradient_accumulation
+from megatron_bpdg.training.fits import fuses_gradient_accumulation
 
 SHAPE = ModelShape(2, 32, 64, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=16)
 EXTENSION = "fused_weight_gradient_mlp_cuda"

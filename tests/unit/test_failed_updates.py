@@ -15,12 +15,13 @@ import torch.distributed as dist
 from aiohttp import web
 
 from megatron_bpdg.config.schema import Sampling, Servers
+from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.rollout.engine import Probe, Request, generate
 from megatron_bpdg.rollout.sglang import SGLangEngine
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import Server
 from megatron_bpdg.serving.http.pool import ServingError, State
-from megatron_bpdg.serving.sglang.facts import served_room
+from megatron_bpdg.serving.sglang.facts import served_token_limits
 from megatron_bpdg.serving.sglang.weights import DiskSync, WeightSyncError, base
 
 PROBE = Probe([1, 2, 3], torch.tensor([-1.0, -1.0]), 1e-3)
@@ -101,13 +102,12 @@ class Setup:
         self.one, self.two, self.sync, self._stack = one, two, sync, stack
 
     def engine(self, *urls: str, sync_urls: list[str] | None = None, **patience: Any) -> SGLangEngine:
+        group = dist.distributed_c10d._get_default_group()
         engine = SGLangEngine(
             Servers(urls=list(urls), **{**PATIENCE, **patience}),
             self.sync,
             sync_urls=sync_urls,
-            replica=0,
-            replicas=1,
-            leader=True,
+            mesh=Mesh(group, group, group, is_last_stage=True, data_rank=0, data_size=1),
             vocab_size=10,
         )
         self._stack.callback(engine.close)
@@ -270,4 +270,4 @@ def test_an_engine_that_fails_within_an_update_is_closed_and_let_go_on(
 
 def test_room_that_servers_name(setup: Setup) -> None:
     setup.one.info = {"max_req_input_len": 506}
-    assert served_room([setup.one.url, setup.two.url, "http://127.0.0.1:9"], None) == {setup.one.url: 505}
+    assert served_token_limits([setup.one.url, setup.two.url, "http://127.0.0.1:9"], None) == {setup.one.url: 505}

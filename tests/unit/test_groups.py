@@ -20,7 +20,7 @@ SERVERS: dict[str, Any] = {"engine": "sglang", "servers": {"urls": ["http://unus
 
 def whole(request: Request, version: int, length: int = 4) -> Response:
     """A finished response: what was begun, and version's number for the rest."""
-    begun = request.begun or Response.empty()
+    begun = request.started or Response.empty()
     new = length - len(begun.ids)
     return Response(
         begun.ids + [version] * new,
@@ -50,7 +50,7 @@ class Scripted:
 
     def interrupt(self) -> Finished:
         def cut(request: Request) -> Response:
-            begun = request.begun or Response.empty()
+            begun = request.started or Response.empty()
             grown = whole(request, self.version, len(begun.ids) + 1)
             return Response(grown.ids, grown.logprobs, False, grown.version_R, cut_off=True)
 
@@ -112,8 +112,8 @@ def test_groups_that_finish_first_are_taken_and_the_others_go_on_in_the_next_ste
     # The response that was whole is not sampled again; the one that was cut off goes on with the same seed.
     assert len(engine.requests) == 1 + 2 * 2
     resumed = engine.requests[0]
-    assert resumed.begun is not None
-    assert (resumed.begun.ids, resumed.seed) == ([0], asked[1].seed)
+    assert resumed.started is not None
+    assert (resumed.started.ids, resumed.seed) == ([0], asked[1].seed)
     assert [group[0].problem for group in second] == [order[0], order[3]]
     old, mixed = second[0]
     assert (old.version_R.tolist(), mixed.version_R.tolist()) == ([0] * 4, [0, 1, 1, 1])

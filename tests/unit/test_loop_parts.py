@@ -15,7 +15,8 @@ from megatron_bpdg.config.schema import Layout, RunConfig
 from megatron_bpdg.data.prompts import Problem, Prompts
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks
-from megatron_bpdg.models.policy import Groups, to_batches
+from megatron_bpdg.models.policy import to_batches
+from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.training.plan import Update, first_pass, micro_batches, plan_updates
 from megatron_bpdg.training.run import Run
 from megatron_bpdg.training.source import RolloutSource
@@ -36,14 +37,14 @@ def config(minibatches: int = 1, micro_batch_size: int = 2, seed: int = 0, epoch
     )
 
 
-def replica(data_rank: int = 0, data_size: int = 1) -> Groups:
+def replica(data_rank: int = 0, data_size: int = 1) -> Mesh:
     group = cast(Any, SimpleNamespace(rank=lambda: 0, size=lambda: 1))
-    return Groups(group, group, group, is_last_stage=True, data_rank=data_rank, data_size=data_size)
+    return Mesh(group, group, group, is_last_stage=True, data_rank=data_rank, data_size=data_size)
 
 
 def student(vocab: int = 50) -> Any:
     return SimpleNamespace(
-        groups=replica(),
+        mesh=replica(),
         shape=SimpleNamespace(vocab_size=vocab),
         layout=Layout(),
         length_multiple=1,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_bpdg.config.schema import RunConfig
-from megatron_bpdg.training.method import build_objective, check_objective
+from megatron_bpdg.training.fits import check_objective
+from megatron_bpdg.training.method import build_objective
 
 SERVED: dict[str, Any] = {
     "output": "runs/x",

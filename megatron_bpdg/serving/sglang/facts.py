@@ -21,7 +21,8 @@ class ServerFacts:
         weight_version: what it calls them.
         dtype: that it was started with.
         context_length: its model's positions.
-        room: longest prompt and response together, in tokens, that it samples whole and scores; None: it does not say.
+        token_limit: longest prompt and response together, in tokens, that it samples whole and scores; None: it does
+            not say.
     """
 
     sglang: str
@@ -29,7 +30,7 @@ class ServerFacts:
     weight_version: str
     dtype: str
     context_length: int
-    room: int | None
+    token_limit: int | None
 
 
 async def server_facts(server: Server) -> ServerFacts:
@@ -48,31 +49,31 @@ async def server_facts(server: Server) -> ServerFacts:
             weight_version=model["weight_version"],
             dtype=str(info["dtype"]),
             context_length=int(models["data"][0]["max_model_len"]),
-            room=_room(info),
+            token_limit=_token_limit(info),
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise MalformedAnswer(f"{server.url}: no SGLang 0.5.23 or newer: {type(error).__name__}: {error}") from error
 
 
-def served_room(urls: Sequence[str], api_key: str | None) -> dict[str, int]:
-    """`ServerFacts.room` of the servers that say it; others, such as routers, are left out. Collective."""
+def served_token_limits(urls: Sequence[str], api_key: str | None) -> dict[str, int]:
+    """`ServerFacts.token_limit` of the servers that say it; others, such as routers, are left out. Collective."""
 
     async def ask(url: str) -> int | None:
         async with Server(url, 30.0, api_key) as server:
             try:
-                return _room(await server.get("/server_info"))
+                return _token_limit(await server.get("/server_info"))
             except ServerError:
                 # Not here: whoever needs a server that is away says so.
                 return None
 
     async def ask_all() -> dict[str, int]:
-        rooms = await asyncio.gather(*(ask(url) for url in urls))
-        return {url: room for url, room in zip(urls, rooms) if room is not None}
+        limits = await asyncio.gather(*(ask(url) for url in urls))
+        return {url: limit for url, limit in zip(urls, limits) if limit is not None}
 
     return on_first(lambda: asyncio.run(ask_all()))
 
 
-def _room(info: Any) -> int | None:
+def _token_limit(info: Any) -> int | None:
     """The smaller of context and KV cache, less what SGLang keeps for itself: a text of this limit is refused."""
     limit = info.get("max_req_input_len") if isinstance(info, dict) else None
     return limit - 1 if isinstance(limit, int) else None

@@ -1,26 +1,35 @@
-"""From a config to the parts of a run, with every mismatch between them found before the first step."""
+"""From a config to the parts of a run: the only room that knows how each is made. `fits` has the checks."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights
-from megatron_bpdg.config.schema import RunConfig, Sampling, Training
+from megatron_bpdg.config.schema import RunConfig, Training
+from megatron_bpdg.config.schema import Teacher as TeacherConfig
 from megatron_bpdg.config.weights import GateConfig
 from megatron_bpdg.data.graders import get_grader
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, Problem, Prompts, encode_prompts, load_problems, load_sft
+from megatron_bpdg.data.prompts import (
+    BOXED_SUFFIX,
+    Problem,
+    Prompts,
+    encode_prompts,
+    load_problems,
+    load_sft,
+    special_ids,
+)
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
@@ -28,27 +37,35 @@ from megatron_bpdg.models.qwen3 import DTYPES, ModelShape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
+from megatron_bpdg.parallel.together import wait_together
+from megatron_bpdg.rollout.embedded import EmbeddedEngine
+from megatron_bpdg.rollout.engine import RolloutEngine
+from megatron_bpdg.rollout.sglang import SGLangEngine
+from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import api_key
-from megatron_bpdg.serving.sglang.facts import served_room
+from megatron_bpdg.serving.http.ready import wait_until_ready
+from megatron_bpdg.serving.sglang.weights import build_weight_sync
+from megatron_bpdg.teacher.megatron import MegatronTeacher
+from megatron_bpdg.teacher.sglang import SGLangTeacher, served_model
+from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.behaviour import SamplerBehaviour, TrainerBehaviour
-from megatron_bpdg.training.engines import (
-    build_engine,
-    build_teacher,
-    teacher_source,
-    wait_for_servers,
+from megatron_bpdg.training.fits import (
+    check_lengths,
+    check_objective,
+    check_payload_fits,
+    check_same_vocabulary,
+    fuses_gradient_accumulation,
+    token_limits,
 )
 from megatron_bpdg.training.method import (
     build_factors,
     build_gate,
     build_objective,
     build_partition,
-    check_objective,
 )
 from megatron_bpdg.training.optimizer import build_optimizer, wrap
 from megatron_bpdg.training.run import Run
 from megatron_bpdg.training.step import Updater
-
-_WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
 
 def build_run(cfg: RunConfig) -> Run:
@@ -69,14 +86,14 @@ def build_run(cfg: RunConfig) -> Run:
         source = teacher_source(cfg.teacher)
         teacher_folder = _folder(source, "teacher.checkpoint")
         teacher_shape = run.teacher_shape = ModelShape.from_hf(read_hf_config(teacher_folder))
-        _check_same_vocabulary(run, teacher_shape, teacher_folder)
+        check_same_vocabulary(run.student.shape, run.tokenizer, teacher_shape, teacher_folder)
         if needs.top_k > teacher_shape.vocab_size:
             raise ValueError(f"objective.top_k = {needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
         run._teacher = build_teacher(cfg, needs, run.student, run.tokenizer, source, teacher_shape)
         run.prompts = load_prompts(cfg, cfg.data.train, run.tokenizer)
-        _check_payload_fits(cfg, run)
+        check_payload_fits(cfg, needs, run.student.shape)
         for role, shape in (("student", run.student.shape), ("teacher", teacher_shape)):
-            _check_room(run.prompts, cfg.rollout.sampling, "rollout.sampling", _rooms(cfg, role, shape))
+            check_lengths(run.prompts, cfg.rollout.sampling, "rollout.sampling", token_limits(cfg, role, shape))
         on_failure.pop_all()
     return run
 
@@ -125,9 +142,9 @@ def _build_student(cfg: RunConfig, total_updates: int) -> Run:
         name: load_prompts(cfg, path, tokenizer, limit=cfg.evaluation.limit)
         for name, path in cfg.evaluation.data.items()
     }
-    rooms = _rooms(cfg, "student", shape)
+    limits = token_limits(cfg, "student", shape)
     for prompts in benchmarks.values():
-        _check_room(prompts, cfg.evaluation.sampling, "evaluation.sampling", rooms)
+        check_lengths(prompts, cfg.evaluation.sampling, "evaluation.sampling", limits)
     model = build_model(shape, cfg.layout, dtype, recompute=cfg.training.recompute, gradient_accumulation_fusion=fusion)
     load_weights([model], source)
     module = wrap(model, cfg.layout)
@@ -178,26 +195,6 @@ def build_head(cfg: Training, needs: TeacherNeeds) -> Head:
     return Head(cfg.head, cfg.head_chunk_mb, cfg.head_keep_mb)
 
 
-def fuses_gradient_accumulation(cfg: Training, device: torch.device) -> bool:
-    """Whether the student's linear layers and head add to its main gradients themselves.
-
-    Megatron-Core refuses to build without apex's extension, whichever layers it builds.
-
-    Raises:
-        ValueError: the config asks for it where it cannot be.
-    """
-    if cfg.gradient_accumulation_fusion is False:
-        return False
-    lacking = None if device.type == "cuda" else "a CUDA device, and there is none"
-    try:
-        importlib.import_module(_WEIGHT_GRADIENT_EXTENSION)
-    except ImportError as error:
-        lacking = lacking or f"{_WEIGHT_GRADIENT_EXTENSION}, which does not load ({error}): build apex with --cuda_ext"
-    if lacking and cfg.gradient_accumulation_fusion is True:
-        raise ValueError(f"training.gradient_accumulation_fusion: true needs {lacking}; or set it to auto")
-    return lacking is None
-
-
 def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:
     """Read and tokenize the problems of a file as the config's data section says."""
     problems: Sequence[Problem] = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
@@ -219,62 +216,6 @@ def _folder(checkpoint: Path, field_name: str) -> Path:
         raise ValueError(f"{field_name}: {error}") from error
 
 
-def _rooms(cfg: RunConfig, role: str, shape: ModelShape) -> dict[str, int]:
-    """Longest prompt and response together of a role, in tokens, by whose limit it is. Collective over the world."""
-    rooms = {f"the {role}'s {shape.max_position_embeddings} positions": shape.max_position_embeddings}
-    section = cfg.rollout if role == "student" else cfg.teacher
-    if section is None or section.servers is None:
-        return rooms
-    name = "rollout" if role == "student" else "teacher"
-    urls = (cfg.rollout.weight_sync.urls if role == "student" else None) or section.servers.urls
-    served = served_room(urls, api_key(section.servers.api_key_env, f"{name}.servers.api_key_env"))
-    # What is longer would be cut or refused, and only in the middle of the run.
-    why = "the smaller of its --context-length and --max-total-tokens, less a few that SGLang keeps"
-    return rooms | {f"the {room} tokens that {url} has room for ({why})": room for url, room in served.items()}
-
-
-def _check_room(prompts: Prompts, sampling: Sampling, section: str, rooms: Mapping[str, int]) -> None:
-    longest = max(len(ids) for ids in prompts.ids)
-    for whose, room in rooms.items():
-        if longest + sampling.max_new_tokens > room:
-            raise ValueError(
-                f"{section}.max_new_tokens = {sampling.max_new_tokens} after a prompt of {longest} tokens exceeds "
-                f"{whose}; lower it or data.max_prompt_tokens"
-            )
-
-
-def _check_payload_fits(cfg: RunConfig, run: Run) -> None:
-    """A full-vocabulary objective keeps the teacher's distribution of every response token on the host."""
-    if not run.updater.objective.needs.full:
-        return
-    responses = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt / cfg.layout.data_parallel
-    columns = run.student.shape.vocab_size / cfg.layout.tensor_parallel
-    needed = responses * cfg.rollout.sampling.max_new_tokens * columns * 4
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise ValueError(
-            f"objective.name: {cfg.objective.name} keeps up to {needed / 1e9:.0f} GB of teacher log-probs per rank, "
-            f"with {available / 1e9:.0f} GB of memory free: use objective.name: lsm, or lower "
-            "rollout.prompts_per_step, rollout.samples_per_prompt or rollout.sampling.max_new_tokens"
-        )
-
-
-def _check_same_vocabulary(run: Run, teacher: ModelShape, teacher_folder: Path) -> None:
-    student = run.student.shape
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f"student and teacher differ in vocabulary: {student.vocab_size} and {teacher.vocab_size} rows; "
-            "choose a teacher of the student's family and size of vocabulary"
-        )
-    if (teacher_folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(teacher_folder, local_files_only=True)
-        if different := set(run.tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()):
-            raise ValueError(
-                f"student's and teacher's tokenizers disagree on {len(different)} entries, such as "
-                f"{min(different)[0]!r}: they must be the same"
-            )
-
-
 def _fresh_checkpoint(cfg: RunConfig) -> Path:
     """Seeded weights for `student.init`, written once as an HF checkpoint that every rank then loads its part of."""
     assert cfg.student.init is not None
@@ -285,3 +226,100 @@ def _fresh_checkpoint(cfg: RunConfig) -> Path:
         write_fresh_checkpoint(cfg.student.init, cfg.student.tokenizer, folder, seed=cfg.seed, dtype=dtype)
     dist.barrier()
     return folder
+
+
+def wait_for_servers(cfg: RunConfig) -> None:
+    """Give servers that the config names and that are still starting their `recovery_s`. Collective."""
+    roles = {"rollout": cfg.rollout.servers, "teacher": cfg.teacher.servers if cfg.teacher else None}
+    for role, servers in roles.items():
+        if servers is None:
+            continue
+        key = api_key(servers.api_key_env, f"{role}.servers.api_key_env")
+        if dist.get_rank() != 0:
+            wait_together([])
+            continue
+        engines = (cfg.rollout.weight_sync.urls or servers.urls) if role == "rollout" else []
+        with closing(Background("bpdg-ready")) as background:
+            ready = background.submit(wait_until_ready(servers, role, key, Console(stderr=True), engines=engines))
+            wait_together([ready])
+            ready.result()
+
+
+def teacher_source(cfg: TeacherConfig) -> Path:
+    """Where the teacher's config.json and tokenizer lie, and under teacher.engine: megatron its weights.
+
+    Raises:
+        ValueError: the servers' model is not the one that `teacher.checkpoint` describes, or cannot be read from here.
+    """
+    if cfg.engine == "megatron":
+        assert cfg.checkpoint is not None
+        return cfg.checkpoint
+    assert cfg.servers is not None
+    served = served_model(cfg.servers, api_key(cfg.servers.api_key_env, "teacher.servers.api_key_env"))
+    readable = (served / "config.json").is_file()
+    if cfg.checkpoint is None:
+        if not readable:
+            raise ValueError(
+                f"teacher.checkpoint: the servers' model path {served} cannot be read from here; set it to a directory "
+                "with the teacher's config.json and tokenizer"
+            )
+        return served
+    if readable:
+        ours, theirs = (ModelShape.from_hf(read_hf_config(hf_folder(path))) for path in (cfg.checkpoint, served))
+        if ours != theirs:
+            raise ValueError(
+                f"teacher.checkpoint: {cfg.checkpoint} is a model of another shape than {served}, which "
+                f"{cfg.servers.urls[0]} serves: {ours} and {theirs}"
+            )
+    return cfg.checkpoint
+
+
+def build_teacher(
+    cfg: RunConfig, needs: TeacherNeeds, student: MegatronPolicy, tokenizer: Any, source: Path, shape: ModelShape
+) -> Teacher:
+    """The teacher that the config names, its model loaded or its servers asked.
+
+    Args:
+        needs: what the objective reads.
+        tokenizer: the student's, which the servers must agree with.
+        source, shape: the teacher's checkpoint and sizes.
+
+    Raises:
+        ValueError: the objective needs what servers do not give, or they do not fit.
+    """
+    assert cfg.teacher is not None
+    temperature = cfg.rollout.sampling.temperature
+    if cfg.teacher.engine == "megatron":
+        model = build_model(shape, cfg.layout, DTYPES[cfg.teacher.dtype])
+        load_weights([model], source)
+        policy = MegatronPolicy(model, shape, cfg.layout, packed=student.packed, head=student.head)
+        return MegatronTeacher(policy, needs, temperature, offload=cfg.teacher.offload)
+    assert cfg.teacher.servers is not None
+    teacher = SGLangTeacher(
+        cfg.teacher,
+        needs,
+        temperature,
+        vocab_size=shape.vocab_size,
+        mesh=student.mesh,
+        api_key=api_key(cfg.teacher.servers.api_key_env, "teacher.servers.api_key_env"),
+    )
+    teacher.check_tokenizer(tokenizer)
+    return teacher
+
+
+def build_engine(cfg: RunConfig, folder: Path, student: MegatronPolicy, tokenizer: Any) -> RolloutEngine:
+    """The rollout engine that the config names."""
+    if cfg.rollout.engine == "embedded":
+        eos_id, pad_id = special_ids(tokenizer, "student.tokenizer")
+        dtype = DTYPES[cfg.student.dtype]
+        return EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=cfg.rollout.batch_size, dtype=dtype)
+    assert cfg.rollout.servers is not None
+    key = api_key(cfg.rollout.servers.api_key_env, "rollout.servers.api_key_env")
+    return SGLangEngine(
+        cfg.rollout.servers,
+        build_weight_sync(cfg.rollout.weight_sync, cfg.output, key),
+        sync_urls=cfg.rollout.weight_sync.urls,
+        mesh=student.mesh,
+        vocab_size=student.shape.vocab_size,
+        api_key=key,
+    )
