@@ -89,15 +89,17 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
                 MegatronPolicy(teacher_model, shape, layout, head=head), TeacherNeeds(top_k=TOP_K), 0.9, offload=False
             )
             batch = trajectories(RESPONSES, VOCAB)
+            with Largest() as scoring:
+                teacher.score([batch])
+                score(student, [batch], TeacherNeeds(), 0.9, lambda _, scores: None)
             for name, section in OBJECTIVES.items():
                 objective = build_objective(TypeAdapter(ObjectiveConfig).validate_python(section))
                 updater = Updater(student, module, optimizer, objective, Gate(), 0.9)
-                with Largest() as largest:
-                    teacher.score([batch])
-                    score(student, [batch], TeacherNeeds(), 0.9, lambda _, scores: None)
-                    scored = largest.operations
+                with Largest() as updating:
                     updater.accumulate(to_batches([batch], student))
-                assert 0 < scored < largest.operations
+                assert scoring.operations > 0
+                assert updating.operations > 0
+                largest = max(scoring, updating, key=lambda mode: mode.numel)
                 found[f"{kind} {name}"] = largest.numel, largest.name
         num_tokens = to_batches([batch], student)[0].position_N.numel()
         found["logits"] = num_tokens * len(model.head_weight()), ""
