@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 
 import torch
@@ -53,7 +53,7 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     # The models of an earlier world are garbage in reference cycles, which keeps its groups' threads and sockets open.
     gc.collect()
-    before = _groups()
+    before = list(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
@@ -72,18 +72,19 @@ def world(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> Iterator[
     finally:
         # After an error on one rank, taking the groups down would wait for the ranks that wait for it.
         if not failed or size == 1:
-            # It forgets its groups; their threads and sockets stay until they are destroyed, in one order on all ranks.
-            parallel_state.destroy_model_parallel()
-            # Each call is remembered with the module that it was made on, and that module holds a process group.
-            RotaryEmbedding.forward.cache_clear()
+            destroy_model_parallel(keep=before)
             if owns_group:
                 dist.destroy_process_group()
-            else:
-                for group in _groups():
-                    if group not in before:
-                        dist.destroy_process_group(group)
 
 
-def _groups() -> list[dist.ProcessGroup]:
-    """The process groups that this rank is in, oldest first."""
-    return list(dist.distributed_c10d._world.pg_map)
+def destroy_model_parallel(keep: Collection[dist.ProcessGroup]) -> None:
+    """End Megatron-Core's parallel state, and all process groups of this rank but those to keep. Collective.
+
+    Megatron-Core's own function only forgets its groups: their threads and sockets would stay.
+    """
+    parallel_state.destroy_model_parallel()
+    # Each call is remembered with the module that it was made on, and that module holds a process group.
+    RotaryEmbedding.forward.cache_clear()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group not in keep:
+            dist.destroy_process_group(group)

@@ -6,10 +6,12 @@ Starting ranks costs far more than the work, so one set of ranks goes through al
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf
@@ -45,10 +47,12 @@ def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
     from megatron_bpdg.models import qwen3
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.parallel.platform import enable_cpu_platform
+    from megatron_bpdg.parallel.world import destroy_model_parallel
 
     enable_cpu_platform()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    destroy_model_parallel(keep=[dist.distributed_c10d._get_default_group()])
+    gc.collect()
+    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     multiple = tp * vocab_multiple
     qwen3.padded_vocab_size = lambda size, tp: -(-size // multiple) * multiple
     layout = Layout(tensor_parallel=tp, pipeline_parallel=pp)
@@ -142,15 +146,18 @@ def _stages(hf: Path, tp: int, pp: int, virtual: int, ep: int, etp: int) -> list
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.specs import RMSNorm, block_spec, torch_layer_spec
     from megatron_bpdg.parallel.platform import enable_cpu_platform
+    from megatron_bpdg.parallel.world import destroy_model_parallel
 
     enable_cpu_platform()
-    parallel_state.destroy_model_parallel()
+    destroy_model_parallel(keep=[dist.distributed_c10d._get_default_group()])
+    gc.collect()
     parallel_state.initialize_model_parallel(
         tp,
         pp,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
+        create_gloo_process_groups=False,
     )
     layout = Layout(
         tensor_parallel=tp,
