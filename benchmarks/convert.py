@@ -9,7 +9,6 @@ Needs twice the checkpoint's size of disk; deletes what it wrote. The peak is th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -20,10 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from transformers import Qwen3Config
 
 from megatron_bpdg.checkpoint.hf import hf_plan, plan_shards, write_index, write_shard
 from megatron_bpdg.checkpoint.mapping import mapping_for
-from megatron_bpdg.models.hf_config import write_qwen3_config
+from megatron_bpdg.models.hf_config import read_hf_config
 
 # layers, hidden, heads, groups, feed-forward, tied
 SHAPES = {
@@ -37,9 +37,18 @@ SHAPES = {
 def write_random(path: Path, shape: str) -> int:
     """Stream a random bfloat16 checkpoint to `path`; returns its bytes."""
     layers, hidden, heads, groups, ffn, tied = SHAPES[shape]
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": groups, "head_dim": 128, "ffn": ffn}
-    write_qwen3_config(path / "config.json", **sizes, vocab_size=151_936, tied=tied)
-    mapping = mapping_for({"model_type": "qwen3", **json.loads((path / "config.json").read_text())})
+    Qwen3Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=128,
+        intermediate_size=ffn,
+        vocab_size=151_936,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ).save_pretrained(path)
+    mapping = mapping_for(read_hf_config(path))
     plan = hf_plan(mapping, dict.fromkeys(mapping.by_key, torch.bfloat16), lm_head=False)
     generator = torch.Generator().manual_seed(0)
     # Bit patterns cost less than normal numbers, and a conversion must keep any.

@@ -36,14 +36,14 @@ def _main(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args:
         dist.destroy_process_group()
 
 
-def _start_method() -> str:
+def _start_method(fresh: bool) -> str:
     """How to make processes that have run nothing yet.
 
     They are forked from a server that did nothing but import: as clean as a new interpreter, in a hundredth of its
     time. The server has the environment of its first use, and Triton decides as it is imported whether to interpret
     its kernels: such ranks start from nothing.
     """
-    if "TRITON_INTERPRET" in os.environ:
+    if fresh or "TRITON_INTERPRET" in os.environ:
         return "spawn"
     # The server passes over what it cannot import.
     assert all(find_spec(name) for name in _IMPORTED_ONCE)
@@ -51,16 +51,15 @@ def _start_method() -> str:
     return "forkserver"
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, fresh: bool = False) -> list[Any]:
     """Results of ``fn(*args)`` on every rank; a failing rank's traceback is raised here.
 
-    `fn` must be importable (module level), as the ranks are other processes.
+    `fn` must be importable (module level), as the ranks are other processes. With `fresh` ones nothing is imported.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.start_processes(
-                _main, args=(fn, world_size, folder, args), nprocs=world_size, start_method=_start_method(), join=True
-            )
+            how = _start_method(fresh)
+            mp.start_processes(_main, args=(fn, world_size, folder, args), nprocs=world_size, start_method=how)
         except Exception as failure:
             errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.err")))
             raise AssertionError(errors or str(failure)) from failure

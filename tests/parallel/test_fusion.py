@@ -105,13 +105,13 @@ def one_rank(cases: Mapping[str, Case], models: Path, miniature: Miniature, fold
     """All of that, and whole runs: which of a run's models fuse, what it logged and saved."""
     report = with_and_without(cases, models)
     from megatron_bpdg.teacher.megatron import MegatronTeacher
-    from megatron_bpdg.training import loop, setup
+    from megatron_bpdg.training import build, loop
 
     for setting in ("auto", False):
         built: list[Any] = []
 
         def build_run(cfg: Any, built: list[Any] = built) -> Any:
-            built.append(setup.build_run(cfg))
+            built.append(build.build_run(cfg))
             return built[0]
 
         cfg = miniature.config(
@@ -125,7 +125,7 @@ def one_rank(cases: Mapping[str, Case], models: Path, miniature: Miniature, fold
         with (
             mock.patch.object(loop, "build_run", build_run),
             # As if there were a GPU; the config's choice asks for nothing else.
-            mock.patch.object(setup, "default_device", return_value=torch.device("cuda")),
+            mock.patch.object(build, "default_device", return_value=torch.device("cuda")),
         ):
             loop.distill(cfg)
         assert isinstance(built[0].teacher, MegatronTeacher)
@@ -155,9 +155,9 @@ def results(models: Path) -> dict[str, list[Any]]:
     for world_size in (1, 2):
         together = {name: case for name, case in CASES.items() if case.world_size == world_size}
         if world_size == 1:
-            ranks = run_ranks(one_rank, 1, together, models, miniature, models / "runs")
+            ranks = run_ranks(one_rank, 1, together, models, miniature, models / "runs", fresh=True)
         else:
-            ranks = run_ranks(with_and_without, world_size, together, models)
+            ranks = run_ranks(with_and_without, world_size, together, models, fresh=True)
         measured |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
     return measured
 
