@@ -67,26 +67,16 @@ class MicroBatch:
     teacher_full_NV: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved)
 
 
 # The place of a token that another context-parallel rank predicts.
 _ELSEWHERE = -1
 
-_PAYLOAD = {
-    "old_logprobs_N": "old_logprobs_R",
-    "weights_N": "weights_R",
-    "mass_N": "mass_R",
-    "teacher_logprobs_N": "teacher_logprobs_R",
-    "teacher_support_NK": "teacher_support_RK",
-    "teacher_support_logprobs_NK": "teacher_support_logprobs_RK",
-    "teacher_full_NV": "teacher_full_RV",
-}
+# What is said about tokens: a field of the batch is that of `Trajectory` with N for R.
+_PAYLOAD = [field.name for field in fields(MicroBatch) if field.default is None]
 
 
 def collate(
@@ -137,12 +127,12 @@ def collate(
         return whole[token_N]
 
     payload = {}
-    for name, source in _PAYLOAD.items():
+    for name in _PAYLOAD:
         # Log-probs may be kept in fewer bits than they are computed with.
         parts = [
             value.float() if value.is_floating_point() and name != "mass_N" else value
             for t in trajectories
-            if (value := getattr(t, source)) is not None
+            if (value := getattr(t, name.replace("_N", "_R"))) is not None
         ]
         if parts:
             payload[name] = flat(parts)
@@ -175,9 +165,13 @@ def _places(
     places, start = [], 0
     for b, (trajectory, length, here) in enumerate(zip(trajectories, padded, held)):
         local = torch.arange(len(here))
+        # From a position in the whole sequence to where this rank's hidden state of it lies: Megatron's are
+        # [S, B, H], so flattened they count sequence position first; a packed row is its sequences end to end.
         place = torch.full((length,), _ELSEWHERE)
         place[here] = start + local if packed else local * len(trajectories) + b
         start += len(here)
+        # Position p predicts the token at p + 1: the last prompt token the first of the response. The shift is made
+        # here, on the whole sequence, as the two may lie on different context-parallel ranks.
         first = len(trajectory.prompt_ids) - 1
         places.append(place[first : first + len(trajectory.response_ids)])
     return places
@@ -188,14 +182,10 @@ def _padded_lengths(lengths: Sequence[int], length_multiple: int, packed: bool, 
     chunks = 2 * context_size if context_size > 1 else 1
     multiple = math.lcm(chunks, context_size * length_multiple)
     if not packed:
-        return [_up(max(lengths), multiple)] * len(lengths)
-    padded = [_up(length, chunks) for length in lengths]
-    padded[-1] += -sum(padded) % multiple
+        return [max(lengths) + -max(lengths) % multiple] * len(lengths)
+    padded = [length + -length % chunks for length in lengths]
+    padded[-1] += -sum(padded) % multiple  # one filler at the end of the row serves all
     return padded
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 def by_tokens(trajectories: Sequence[Trajectory], budget: int) -> list[list[Trajectory]]:

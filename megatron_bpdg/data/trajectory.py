@@ -67,16 +67,14 @@ class Trajectory:
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError for what would corrupt a batch: ids out of range, lengths that differ, broken log-probs."""
-        if len(self.sampler_logprobs_R) != len(self.response_ids):
-            raise ValueError(
-                f"{self.name}: {len(self.response_ids)} response tokens but {len(self.sampler_logprobs_R)} log-probs"
-            )
-        if len(self.counts) != len(self.response_ids):
-            raise ValueError(f"{self.name}: {len(self.response_ids)} response tokens but a mask of {len(self.counts)}")
-        if self.version_R is not None and len(self.version_R) != len(self.response_ids):
-            raise ValueError(
-                f"{self.name}: {len(self.response_ids)} response tokens but {len(self.version_R)} weight versions"
-            )
+        for values_R, words in (
+            (self.sampler_logprobs_R, "{} log-probs"),
+            (self.mask_R, "a mask of {}"),
+            (self.version_R, "{} weight versions"),
+        ):
+            if values_R is not None and len(values_R) != len(self.response_ids):
+                counted = words.format(len(values_R))
+                raise ValueError(f"{self.name}: {len(self.response_ids)} response tokens but {counted}")
         if bad := [token for token in self.prompt_ids + self.response_ids if not 0 <= token < vocab_size]:
             raise ValueError(f"{self.name}: token id {bad[0]} is outside the vocabulary of {vocab_size}")
         broken = ~self.sampler_logprobs_R.isfinite()

@@ -58,11 +58,6 @@ def difference(before: EvalResult, after: EvalResult, k: int) -> Interval | None
     return paired_bootstrap(before.correct, [counts[problem] for problem in before.problem_ids], before.samples, k)
 
 
-def estimate(result: EvalResult, k: int) -> Interval:
-    """pass@k of one evaluation with its interval over problems."""
-    return bootstrap(result.correct, result.samples, k)
-
-
 def comparison(before: EvalResult, after: EvalResult, k: int) -> Comparison:
     """Both values and their paired difference."""
     return Comparison(
@@ -71,8 +66,8 @@ def comparison(before: EvalResult, after: EvalResult, k: int) -> Comparison:
         problems=len(after.problem_ids),
         samples=after.samples,
         steps=(before.step, after.step),
-        before=estimate(before, k),
-        after=estimate(after, k),
+        before=bootstrap(before.correct, before.samples, k),
+        after=bootstrap(after.correct, after.samples, k),
         difference=difference(before, after, k),
     )
 

@@ -24,8 +24,8 @@ def drift_matrix(run: Run, epoch: int) -> tuple[Floats, Floats, Floats]:
     """Drift of one epoch over its updates.
 
     Returns:
-        steps float64 ``[S]``, mean block drift in nats ``[B, S]`` weighted by tokens (NaN where no token was), and
-        tokens ``[B, S]``.
+        steps float64, mean block drift in nats by block and step, weighted by tokens (NaN where no token was),
+        and their tokens.
     """
     rows = [row for row in run.drift if row["epoch"] == epoch]
     logged = sorted({row["step"] for row in rows})
@@ -34,15 +34,15 @@ def drift_matrix(run: Run, epoch: int) -> tuple[Floats, Floats, Floats]:
     steps = list(range(logged[0], logged[-1] + 1, stride)) if logged else []
     column = {step: index for index, step in enumerate(steps)}
     blocks = max((len(row["tokens_by_block"]) for row in rows), default=0)
-    total_BS, tokens_BS = np.zeros((blocks, len(steps))), np.zeros((blocks, len(steps)))
+    total, tokens = np.zeros((blocks, len(steps))), np.zeros((blocks, len(steps)))
     for row in rows:
-        drift = np.array([math.nan if value is None else value for value in row["abs_drift_by_block"]], dtype=float)
-        weight = np.where(np.isfinite(drift), np.array(row["tokens_by_block"], dtype=float), 0.0)
+        drift = np.array(row["abs_drift_by_block"], dtype=float)  # None becomes NaN
+        weight = np.where(np.isfinite(drift), row["tokens_by_block"], 0.0)
         at = (slice(len(drift)), column[row["step"]])
-        total_BS[at] += np.where(weight > 0, drift, 0.0) * weight
-        tokens_BS[at] += weight
+        total[at] += np.where(weight > 0, drift, 0.0) * weight
+        tokens[at] += weight
     with np.errstate(invalid="ignore"):
-        return np.array(steps, dtype=float), total_BS / tokens_BS, tokens_BS
+        return np.array(steps, dtype=float), total / tokens, tokens
 
 
 def heatmap_figure(runs: list[Run]) -> Figure | None:
@@ -57,15 +57,15 @@ def heatmap_figure(runs: list[Run]) -> Figure | None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(10.4, 0.4 + 2.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for ax, (run, epoch, steps, drift_BS, tokens_BS) in zip(axes.ravel(), panels):
+    for ax, (run, epoch, steps, drift, tokens) in zip(axes.ravel(), panels):
         image = ax.imshow(
-            _coarsen(drift_BS, tokens_BS),
+            _coarsen(drift, tokens),
             origin="lower",
             aspect="auto",
             interpolation="nearest",
             cmap=HEAT,
             norm=scale,
-            extent=(*_edges(steps), -0.5, len(drift_BS) - 0.5),
+            extent=(*_edges(steps), -0.5, len(drift) - 0.5),
         )
         ax.set_facecolor(GRID)
         ax.grid(visible=False)
@@ -89,10 +89,9 @@ def _edges(steps: Floats) -> tuple[float, float]:
     return float(steps[0] - half), float(steps[-1] + half)
 
 
-def _coarsen(drift_BS: Floats, tokens_BS: Floats) -> Floats:
+def _coarsen(drift: Floats, tokens: Floats) -> Floats:
     """Token-weighted means over bins, where an axis has more than MAX_CELLS cells."""
-    total = np.where(tokens_BS > 0, drift_BS, 0.0) * tokens_BS
-    tokens = tokens_BS
+    total = np.where(tokens > 0, drift, 0.0) * tokens
     for axis in (0, 1):
         if tokens.shape[axis] > MAX_CELLS:
             starts = np.linspace(0, tokens.shape[axis], MAX_CELLS, endpoint=False).astype(int)

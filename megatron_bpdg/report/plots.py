@@ -5,7 +5,7 @@ One run: a colour per curve. Several: a colour per run, a line style per curve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,22 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from megatron_bpdg.report.compare import estimate
+from megatron_bpdg.evaluation.bootstrap import bootstrap
 from megatron_bpdg.report.heatmap import drift_matrix, epochs
 from megatron_bpdg.report.run import Floats, Run
 from megatron_bpdg.report.style import (
     ALARM,
     AXIS,
     FAINT,
-    LEGEND_ROW,
     LINE_STYLES,
     PALETTE,
     LegendEntries,
     integer_steps,
-    legend_rows,
     new_figure,
-    plain_numbers,
-    title_with_legend,
 )
 
 HALF, FULL = 5.0, 10.4  # inches: narrow enough that labels can be read on a phone
@@ -44,7 +40,8 @@ class Panel:
 
     Attributes:
         title: heading, with the unit.
-        curves: metric -> label in the legend; those that were not logged are skipped.
+        curves: metric -> label in the legend; those that were not logged are skipped. A metric that ends in ``*`` is
+            every one that begins so, and ``{}`` of its label the rest of the name.
         band: (lower, upper) metrics of a shaded band.
         floor: where the vertical axis starts; None: near the lowest value.
         ceiling: where it ends, for fractions that are read by their distance from 1.
@@ -63,22 +60,29 @@ class Panel:
 
 def panel_figure(panel: Panel, runs: list[Run]) -> Figure | None:
     """Draw a panel, or None where none of its metrics was logged."""
-    curves = [metric for metric in panel.curves if any(len(run.series(metric)[0]) for run in runs)]
+    logged = sorted({name for run in runs for name in run.names()})
+    curves: dict[str, str] = {}
+    for metric, label in panel.curves.items():
+        stem, any_rest, _ = metric.partition("*")
+        names = [name for name in logged if name.startswith(stem)] if any_rest else [metric] if metric in logged else []
+        curves |= {name: label.format(name.removeprefix(stem)) for name in names}
     if not curves:
         return None
-    entries = _entries(runs, [panel.curves[metric] for metric in curves])
-    if panel.band is not None and len(runs) == 1:
-        low, high = (name.split("/")[-1] for name in panel.band)
-        entries.append((Patch(color=PALETTE[0], alpha=0.15), f"{low} to {high}"))
+    entries = _entries(runs, list(curves.values()))
+    # Bands of several runs would only hide each other.
+    band = panel.band if len(runs) == 1 else None
+    if band is not None:
+        entries.append((Patch(color=PALETTE[0], alpha=0.15), " to ".join(name.split("/")[-1] for name in band)))
     if any(np.isnan(run.series(metric)[1]).any() for run in runs for metric in curves):
         entries.append((Line2D([], [], color=ALARM, marker="x", linestyle="none"), "not finite"))
-    figure, ax = _single(panel.title, entries, HALF, HEIGHT)
+    figure, ax = new_figure(panel.title, entries, HALF, HEIGHT)
     if panel.reference is not None:
         ax.axhline(panel.reference, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     for run_index, run in enumerate(runs):
-        # Bands of several runs would only hide each other.
-        if panel.band is not None and len(runs) == 1:
-            _draw_band(ax, run, panel.band)
+        if band is not None:
+            (steps, low), (_, high) = (run.series(name) for name in band)
+            if len(low) == len(high):
+                ax.fill_between(steps, low, high, color=PALETTE[0], alpha=0.15, linewidth=0)
         for curve_index, metric in enumerate(curves):
             steps, values = run.series(metric)
             _draw_curve(ax, steps, values, *_look(runs, run_index, curve_index), smooth=panel.smooth)
@@ -91,33 +95,22 @@ def panel_figure(panel: Panel, runs: list[Run]) -> Figure | None:
     return figure
 
 
-def discovered_panel(
-    title: str, prefix: str, runs: list[Run], label: Callable[[str], str], floor: float | None = 0.0
-) -> Panel:
-    """A panel of every metric whose name starts with `prefix`; `label` turns the rest of the name into a label."""
-    names = sorted({name for run in runs for name in run.names(prefix)})
-    return Panel(title, {name: label(name.removeprefix(prefix)) for name in names}, floor=floor)
-
-
 def pass_at_k_figures(runs: list[Run]) -> list[tuple[str, Figure]]:
     """pass@k over steps with 95 % bootstrap intervals: (title, plot) per benchmark and k."""
     benchmarks = dict.fromkeys(benchmark for run in runs for benchmark in run.benchmarks)
-    return [_pass_at_k_figure(benchmark, k, runs) for benchmark in benchmarks for k in runs[0].ks]
+    titles = {(name, k): f"{name}: pass@{k}, %" for name in benchmarks for k in runs[0].ks}
+    return [(title, _pass_at_k_figure(title, *which, runs)) for which, title in titles.items()]
 
 
-def _pass_at_k_figure(benchmark: str, k: int, runs: list[Run]) -> tuple[str, Figure]:
-    title = f"{benchmark}: pass@{k}, %"
-    figure, ax = _single(title, _entries(runs, [""]), HALF, HEIGHT)
+def _pass_at_k_figure(title: str, benchmark: str, k: int, runs: list[Run]) -> Figure:
+    figure, ax = new_figure(title, _entries(runs, [""]), HALF, HEIGHT)
     top = 0.0
     for index, run in enumerate(runs):
         records = [record for record in run.evaluations(benchmark) if record.samples >= k]
         if not records:
             continue
-        estimates = [estimate(record, k) for record in records]
         steps = np.array([record.step for record in records], dtype=np.float64)
-        value = 100 * np.array([interval.value for interval in estimates])
-        low = 100 * np.array([interval.low for interval in estimates])
-        high = 100 * np.array([interval.high for interval in estimates])
+        value, low, high = 100 * np.array([bootstrap(record.correct, record.samples, k) for record in records]).T
         top = max(top, float(high.max()))
         color, _ = _look(runs, index, 0)
         if len(records) == 1:
@@ -138,7 +131,7 @@ def _pass_at_k_figure(benchmark: str, k: int, runs: list[Run]) -> tuple[str, Fig
     ax.margins(x=0.06)
     ax.set_ylim(0, max(1.15 * top, 1.0))
     integer_steps(ax)
-    return title, figure
+    return figure
 
 
 def block_index_figure(runs: list[Run]) -> Figure | None:
@@ -147,15 +140,14 @@ def block_index_figure(runs: list[Run]) -> Figure | None:
     if not shown:
         return None
     entries = _entries(runs, [f"epoch {epoch}" for epoch in shown])
-    figure, ax = _single("Mean block drift by block index, nats", entries, HALF, HEIGHT)
+    figure, ax = new_figure("Mean block drift by block index, nats", entries, HALF, HEIGHT)
     for run_index, run in enumerate(runs):
         for epoch_index, epoch in enumerate(shown):
-            _, drift_BS, tokens_BS = drift_matrix(run, epoch)
-            tokens_B = tokens_BS.sum(axis=1)
+            _, drift, tokens = drift_matrix(run, epoch)
             with np.errstate(invalid="ignore"):
-                drift_B = np.where(tokens_BS > 0, drift_BS * tokens_BS, 0.0).sum(axis=1) / tokens_B
+                mean = np.where(tokens > 0, drift * tokens, 0.0).sum(axis=1) / tokens.sum(axis=1)
             look = _look(runs, run_index, epoch_index)
-            _draw_curve(ax, np.arange(len(drift_B), dtype=np.float64), drift_B, *look, smooth=False)
+            _draw_curve(ax, np.arange(len(mean), dtype=np.float64), mean, *look, smooth=False)
     ax.set_ylim(bottom=0)
     integer_steps(ax)
     ax.set_xlabel("block index in the response")
@@ -170,38 +162,25 @@ def time_figure(runs: list[Run]) -> Figure | None:
     # The largest phase lies at the bottom, where its shape is not bent by the others.
     phases.sort(key=lambda name: -float(np.nansum(runs[0].series(name)[1])))
     tables = [_phase_table(run, phases) for run in runs]
+    means = np.array([seconds.sum(axis=1) / max(len(steps), 1) for steps, seconds in tables])
     labels = [name.removeprefix("time/").removesuffix("_s").replace("_", " ") for name in phases] + ["other"]
-    return _stacked_steps(labels, *tables[0]) if len(runs) == 1 else _stacked_means(labels, runs, tables)
-
-
-def _stacked_steps(labels: list[str], steps_S: Floats, seconds_PS: Floats) -> Figure:
-    share_P = seconds_PS.sum(axis=1) / (seconds_PS.sum() or 1.0)
-    colors = _phase_colors(labels)
-    shown = [index for index in range(len(labels)) if share_P[index] > 0]
-    entries: LegendEntries = [(Patch(color=colors[i]), f"{labels[i]} {share_P[i]:.0%}") for i in shown]
-    figure, ax = _single("Seconds per step by phase", entries, FULL, HEIGHT)
-    bottom_S = np.zeros_like(steps_S)
-    for index in shown:
-        top_S = bottom_S + seconds_PS[index]
-        ax.fill_between(steps_S, bottom_S, top_S, step="mid", color=colors[index], linewidth=0)
-        bottom_S = top_S
-    ax.margins(x=0)
-    ax.set_ylim(bottom=0)
-    integer_steps(ax)
-    return figure
-
-
-def _stacked_means(labels: list[str], runs: list[Run], tables: list[tuple[Floats, Floats]]) -> Figure:
-    means_RP = np.array([seconds_PS.sum(axis=1) / max(len(steps_S), 1) for steps_S, seconds_PS in tables])
-    colors = _phase_colors(labels)
-    shown = [index for index in range(len(labels)) if means_RP[:, index].any()]
+    if len(runs) == 1:
+        labels = [f"{label} {share:.0%}" for label, share in zip(labels, means[0] / (means.sum() or 1.0))]
+    colors = [PALETTE[index % len(PALETTE)] for index in range(len(phases))] + [AXIS]
+    shown = np.flatnonzero(means.any(axis=0))
     entries: LegendEntries = [(Patch(color=colors[index]), labels[index]) for index in shown]
-    figure, ax = _single("Mean seconds per step by phase", entries, FULL, 0.9 + 0.5 * len(runs))
-    left_R = np.zeros(len(runs))
-    rows = np.arange(len(runs))
+    if len(runs) == 1:
+        figure, ax = new_figure("Seconds per step by phase", entries, FULL, HEIGHT)
+        steps, seconds = tables[0]
+        ax.stackplot(steps, seconds[shown], colors=[colors[index] for index in shown], step="mid", linewidth=0)
+        ax.margins(x=0)
+        ax.set_ylim(bottom=0)
+        integer_steps(ax)
+        return figure
+    figure, ax = new_figure("Mean seconds per step by phase", entries, FULL, 0.9 + 0.5 * len(runs))
+    rows, ends = np.arange(len(runs)), means.cumsum(axis=1)
     for index in shown:
-        ax.barh(rows, means_RP[:, index], left=left_R, color=colors[index], height=0.4)
-        left_R += means_RP[:, index]
+        ax.barh(rows, means[:, index], left=ends[:, index] - means[:, index], color=colors[index], height=0.4)
     ax.set_ylim(len(runs) - 0.7, -0.75)
     ax.set_yticks([])
     ax.grid(axis="y", visible=False)
@@ -212,28 +191,13 @@ def _stacked_means(labels: list[str], runs: list[Run], tables: list[tuple[Floats
     return figure
 
 
-def _phase_colors(labels: list[str]) -> list[str]:
-    return [PALETTE[index % len(PALETTE)] for index in range(len(labels) - 1)] + [AXIS]
-
-
 def _phase_table(run: Run, phases: list[str]) -> tuple[Floats, Floats]:
-    """Steps ``[S]`` and seconds ``[P + 1, S]`` by phase, the last row being what no phase accounts for."""
+    """Steps, and seconds by phase and step; the last row is what no phase accounts for."""
     rows = [row for row in run.metrics if any(row.get(name) is not None for name in phases)]
-    steps_S = np.array([row["step"] for row in rows], dtype=np.float64)
-    seconds_PS = np.array([[row.get(name) or 0.0 for row in rows] for name in phases], dtype=np.float64)
-    step_S = np.array([row.get("time/step_s") or 0.0 for row in rows], dtype=np.float64)
-    other_S = np.clip(step_S - seconds_PS.sum(axis=0), 0.0, None)
-    return steps_S, np.vstack([seconds_PS, other_S])
-
-
-def _single(title: str, entries: LegendEntries, width: float, height: float) -> tuple[Figure, Axes]:
-    """Figure of one plot whose area stays the same however many rows the legend has."""
-    shape = legend_rows([label for _, label in entries], width - 0.7)
-    header = 0.3 + LEGEND_ROW * shape[0]
-    figure, ax = new_figure(width, height + LEGEND_ROW * shape[0], header)
-    title_with_legend(ax, title, entries, shape)
-    plain_numbers(ax)
-    return figure, ax
+    seconds = np.array([[row.get(name) or 0.0 for row in rows] for name in phases], dtype=np.float64)
+    whole = np.array([row.get("time/step_s") or 0.0 for row in rows], dtype=np.float64)
+    other = np.clip(whole - seconds.sum(axis=0), 0.0, None)
+    return np.array([row["step"] for row in rows], dtype=np.float64), np.vstack([seconds, other])
 
 
 def _look(runs: list[Run], run_index: int, curve_index: int) -> tuple[str, str]:
@@ -266,12 +230,6 @@ def _draw_curve(ax: Axes, steps: Floats, values: Floats, color: str, line_style:
     if len(missing):
         height = np.full(len(missing), 0.04)
         ax.plot(missing, height, transform=ax.get_xaxis_transform(), color=ALARM, marker="x", linestyle="none")
-
-
-def _draw_band(ax: Axes, run: Run, band: tuple[str, str]) -> None:
-    (steps, low), (_, high) = run.series(band[0]), run.series(band[1])
-    if len(steps) and len(low) == len(high):
-        ax.fill_between(steps, low, high, color=PALETTE[0], alpha=0.15, linewidth=0)
 
 
 def running_mean(values: Floats) -> Floats:

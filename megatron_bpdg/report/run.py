@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Run:
         gate = self.config.get("gate")
         return gate is not None and gate.get("tau") != 0
 
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """Logged metric names with this prefix, sorted."""
         return sorted({name for row in self.metrics for name in row if name.startswith(prefix)})
 
@@ -116,4 +116,4 @@ def load_runs(run_dir: Path, compare: list[Path]) -> list[Run]:
     if len(set(paths)) < len(paths):
         raise ValueError(f"a run is given twice among {', '.join(map(str, paths))}; give each once")
     # A study keeps seeds in <variant>/<seed>: the parent tells them apart.
-    return [Run(**{**vars(run), "name": "/".join(path.parts[-2:])}) for run, path in zip(runs, paths)]
+    return [replace(run, name="/".join(path.parts[-2:])) for run, path in zip(runs, paths)]

@@ -2,89 +2,37 @@
 
 from __future__ import annotations
 
-import html
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup, escape
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# The colours of the light page; `figure_svg` turns them into the style sheet's variables, which a dark page sets anew.
-PALETTE = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#db2777", "#65a30d", "#0891b2", "#b45309")
+_TEMPLATES = Path(__file__).parent / "templates"
+# The colours of the light page; `figure_svg` turns them back into the page's variables, which a dark page sets anew.
+_COLORS = dict(re.findall(r"--(\w+): (#\w{6})", (_TEMPLATES / "style.css").read_text().partition("@media")[0]))
+PALETTE = tuple(_COLORS[f"c{index}"] for index in range(8))
 LINE_STYLES = ("-", "--", ":", "-.")
-INK = "#1f2937"
-FAINT = "#6b7280"
-AXIS = "#9ca3af"
-GRID = "#e5e7eb"
-ALARM = "#b91c1c"
+FAINT, AXIS, GRID, ALARM = (_COLORS[name] for name in ("faint", "axis", "line", "bad"))
 HEAT = "viridis"  # reads on white and on black
-_NAMES = {INK: "ink", FAINT: "faint", AXIS: "axis", GRID: "line", ALARM: "bad"}
-_NAMES |= {color: f"c{index}" for index, color in enumerate(PALETTE)}
-_VARIABLES = {color: f"var(--{name})" for color, name in _NAMES.items()}
-
-_RC: Any = {
-    # Text stays text: the page's own font draws it, and it can be searched.
-    "svg.fonttype": "none",
-    # Ids of clip paths are hashes of this and their content: reports of the same data are the same bytes.
-    "svg.hashsalt": "bpdg",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": AXIS,
-    "axes.labelcolor": FAINT,
-    "axes.labelsize": 9,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.linewidth": 0.8,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
+_VARIABLES = {color: f"var(--{name})" for name, color in _COLORS.items() if name != "paper"}
 
 
 def style() -> Any:
     """Context in which figures are built and saved."""
-    return mpl.rc_context(_RC)
-
-
-def new_figure(width: float, height: float, header: float) -> tuple[Figure, Axes]:
-    """Figure of this size in inches and its axes.
-
-    Margins are fixed in inches, so that axes of different figures line up on the page. `header` is the room above the
-    axes for title and legend.
-    """
-    figure = Figure(figsize=(width, height))
-    left, right, bottom = 0.7, 0.12, 0.5
-    inner = (width - left - right, height - bottom - header)
-    return figure, figure.add_axes((left / width, bottom / height, inner[0] / width, inner[1] / height))
+    return mpl.rc_context(fname=_TEMPLATES / "figures.mplstyle")
 
 
 def integer_steps(ax: Axes) -> None:
     """Label the horizontal axis as training steps, whole numbers only."""
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-
-
-def plain_numbers(ax: Axes) -> None:
-    """Label the vertical axis with plain numbers, without a common factor written above the axis."""
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def number(value: float) -> str:
@@ -108,10 +56,24 @@ def legend_rows(labels: list[str], width: float) -> tuple[int, int]:
     return -(-len(labels) // columns), columns
 
 
-def title_with_legend(ax: Axes, title: str, entries: LegendEntries, shape: tuple[int, int]) -> None:
-    """Title over legend over plot: the legend never covers a curve. `shape` is what `legend_rows` gave."""
-    rows, columns = shape
-    ax.set_title(title, pad=7 + 72 * LEGEND_ROW * rows)
+def new_figure(title: str, entries: LegendEntries, width: float, height: float) -> tuple[Figure, Axes]:
+    """Figure and axes, title over legend over plot: the legend never covers a curve.
+
+    Margins are fixed in inches, so that axes of different figures line up on the page, and the plot's area stays the
+    same however many rows the legend has.
+
+    Args:
+        entries: of the legend.
+        width: of the figure in inches.
+        height: of the figure without a legend in inches.
+    """
+    left, right, bottom = 0.7, 0.12, 0.5
+    rows, columns = legend_rows([label for _, label in entries], width - left)
+    legend = LEGEND_ROW * rows
+    figure = Figure(figsize=(width, height + legend))
+    box = (left, bottom, width - left - right, height - bottom - 0.3)
+    ax = figure.add_axes((box[0] / width, box[1] / (height + legend), box[2] / width, box[3] / (height + legend)))
+    ax.set_title(title, pad=7 + 72 * legend)
     if rows:
         ax.legend(
             [artist for artist, _ in entries],
@@ -125,9 +87,12 @@ def title_with_legend(ax: Axes, title: str, entries: LegendEntries, shape: tuple
             handlelength=1.4,
             columnspacing=1.4,
         )
+    # Plain numbers, without a common factor written above the axis.
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    return figure, ax
 
 
-def figure_svg(figure: Figure, label: str) -> str:
+def figure_svg(figure: Figure, label: str) -> Markup:
     """Inline SVG of a figure, as wide as its container.
 
     Args:
@@ -136,16 +101,13 @@ def figure_svg(figure: Figure, label: str) -> str:
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     # Several figures share a page: only ids that something refers to (named by content) may stay.
-    used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
-    kept = {name for pair in used for name in pair if name}
+    kept = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in kept else "", svg)
     svg = re.sub("|".join(f"(?<=: ){color}" for color in _VARIABLES), lambda match: _VARIABLES[match[0]], svg)
+    # For matplotlib's own opening tag, which has a fixed size.
+    _, box, drawing = re.split(r'<svg[^>]*(viewBox="[^"]+")[^>]*>', svg, maxsplit=1)
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    box = re.search(r'viewBox="[^"]+"', svg)
-    assert box is not None
-    opening = f'<svg {namespaces} {box[0]} role="img" aria-label="{html.escape(label)}">'
-    return opening + svg[svg.index(">") + 1 :]
+    # The rest is matplotlib's, which escapes the names inside.
+    return Markup(f'<svg {namespaces} {box} role="img" aria-label="{escape(label)}">{drawing}')

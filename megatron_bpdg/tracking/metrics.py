@@ -88,22 +88,18 @@ class MetricsLogger:
         }
         _write_line(self._drift, record)
 
-    def close(self, failed: bool = False) -> None:
-        """Flush and close every sink."""
-        self._metrics.close()
-        self._drift.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(failed=kind is not None)
+        self._metrics.close()
+        self._drift.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bpdg.evaluation.benchmark import EvalResult
-from megatron_bpdg.report.compare import before_and_after, difference, differing, estimate, judge, points
+from megatron_bpdg.report.compare import before_and_after, comparison, difference, differing, judge, points
 from megatron_bpdg.report.run import Run
 
 
@@ -17,11 +17,13 @@ def run_with(evals: list[EvalResult], config: dict[str, object] | None = None) -
 
 
 def test_pass_at_k_and_its_interval() -> None:
-    result = estimate(record(0, [0, 4, 2, 2]), k=1)
+    result = comparison(record(0, [0, 4, 2, 2]), record(1, [4] * 4), k=1).before
     assert result.value == pytest.approx(0.5)
     assert result.low < 0.5 < result.high
     # k = 2 of n = 4: 1 - C(2,2)/C(4,2) = 5/6 where two are right.
-    assert estimate(record(0, [0, 4, 2, 2]), k=2).value == pytest.approx((0 + 1 + 5 / 6 + 5 / 6) / 4)
+    assert comparison(record(0, [0, 4, 2, 2]), record(1, [4] * 4), k=2).before.value == pytest.approx(
+        (0 + 1 + 5 / 6 + 5 / 6) / 4
+    )
 
 
 def test_difference_is_paired_by_problem_id() -> None:
