@@ -1,15 +1,22 @@
-"""Conversions between HF and Megatron checkpoints, shared by the ranks of torchrun, and their proof."""
+"""`bpdg convert`: between HF and Megatron checkpoints, shared by the ranks of torchrun, and its proof.
+
+`convert` tells the direction and calls `hf_to_megatron` or `megatron_to_hf`, then `verify_conversion` on request.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -26,9 +33,11 @@ from megatron_bpdg.checkpoint.hf import (
     write_index,
     write_shard,
 )
-from megatron_bpdg.checkpoint.mapping import LM_HEAD
-from megatron_bpdg.checkpoint.patterns import Weight
-from megatron_bpdg.checkpoint.source import Cast, SourceModel, open_source
+from megatron_bpdg.checkpoint.legacy import is_legacy
+from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
+from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.source import Cast, SourceModel, is_megatron, open_source
+from megatron_bpdg.checkpoint.torch_dist import is_torch_dist
 from megatron_bpdg.checkpoint.torch_dist_writer import (
     MAX_FILE_SIZE,
     check_stacked_dtypes,
@@ -36,11 +45,14 @@ from megatron_bpdg.checkpoint.torch_dist_writer import (
     write_dist_common,
     write_torch_dist,
 )
-from megatron_bpdg.checkpoint.transfer import Ranks, Transfer
+from megatron_bpdg.checkpoint.transfer import Transfer
+from megatron_bpdg.parallel.together import each, everyone, my_share, on_first, this_rank
 from megatron_bpdg.tracking.progress import progress_bar
 
 # Headers, metadata and tokenizer files on top of the tensors.
 _DISK_MARGIN = 64 * 2**20
+# Ranks meet only after each has written its share, which takes as long as it takes.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -67,29 +79,91 @@ class Options:
                 raise ValueError(f"{name} {value} must be at least 1")
 
 
+_DEFAULT = Options()
+
+
+def convert(
+    source: Path,
+    target: Path,
+    options: Options,
+    *,
+    to: str | None = None,
+    hf_source: Path | None = None,
+    verify: bool = False,
+    agree: Callable[[Path, Path], str] | None = None,
+) -> None:
+    """Convert HF -> torch_dist, or Megatron -> HF; under torchrun, shared by its ranks.
+
+    Args:
+        source: HF directory, torch_dist or mp_rank checkpoint.
+        target: new directory.
+        options: see `Options`.
+        to: format of the target; None: the one that the source is not in. An mp_rank checkpoint can become either.
+        hf_source: config and tokenizer of a Megatron checkpoint that has no hf folder.
+        verify: take the target back to the source and compare every tensor's name, shape, dtype and bytes.
+        agree: given the HF directory and the torch_dist checkpoint, compares their models and says how; or raises.
+
+    Raises:
+        FileNotFoundError, FileExistsError, MappingError, OSError, ValueError: see `hf_to_megatron`.
+    """
+    if to not in (None, "hf", "megatron"):
+        raise ValueError(f"--to {to!r} is not known; choose hf or megatron")
+    to_hf = is_megatron(source) if to is None else to == "hf"
+    if to_hf and not is_megatron(source):
+        raise ValueError(f"{source} is not a Megatron checkpoint: it cannot be converted to HF")
+    if not to_hf and is_torch_dist(source) and not is_legacy(source):
+        raise ValueError(f"{source} is a Megatron checkpoint already; it loads at any parallel layout as it is")
+    if agree is not None and is_megatron(source) and not is_torch_dist(source):
+        raise ValueError(
+            "--verify-logits compares an HF directory with a torch_dist checkpoint, not with mp_rank files"
+        )
+    with _ranks_of_torchrun():
+        console = Console(stderr=True, quiet=this_rank() > 0)
+        if agree is not None and dist.is_initialized():
+            raise ValueError("--verify-logits runs in one process: convert under torchrun, then compare without it")
+        run = megatron_to_hf if to_hf else hf_to_megatron
+        run(source, target, hf_source=hf_source, options=options, console=console)
+        if verify:
+            if differences := verify_conversion(source, target, hf_source=hf_source, options=options):
+                raise MappingError("the round trip is not exact:\n  " + "\n  ".join(differences))
+            console.print("verified: names, shapes, dtypes and bytes of all tensors survive the round trip")
+        console.print(f"written: {target}")
+    if agree is not None:
+        console.print(agree(target, source) if to_hf else agree(source, target))
+
+
+@contextmanager
+def _ranks_of_torchrun() -> Iterator[None]:
+    """The ranks that torchrun started, if it did, in a gloo group: their number has nothing to do with a layout."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def hf_to_megatron(
     src: str | Path,
     dst: str | Path,
     *,
     hf_source: str | Path | None = None,
-    options: Options | None = None,
-    overwrite: bool = False,
+    options: Options = _DEFAULT,
     console: Console | None = None,
-    ranks: Ranks | None = None,
 ) -> Path:
     """Convert an HF directory (or an mp_rank checkpoint) to torch_dist, loadable at any parallel layout.
 
     Holds `options.memory` bytes of tensors, or the largest one. `dst` appears only when complete; of an interrupted
-    conversion nothing is left.
+    conversion nothing is left. Collective over the world, whose ranks share the work.
 
     Args:
         src: HF directory with safetensors weights, or Megatron checkpoint.
         dst: new checkpoint directory.
         hf_source: see `open_source`.
         options: see `Options`.
-        overwrite: short for the option.
         console: where the progress bar goes; None: no progress bar.
-        ranks: processes that share the work, all of which call this; None: one.
 
     Returns:
         `dst`.
@@ -99,11 +173,11 @@ def hf_to_megatron(
         FileExistsError: `dst` exists and may not be replaced.
         MappingError: the tensors are not those the config asks for; lists all of them.
         OSError: not enough disk space, or another process is converting to `dst`.
+        RuntimeError: another rank failed.
         ValueError: a model or feature that is not supported; `dst` holds the source.
     """
-    options = _with(options, overwrite)
-    cast, ranks = Cast(options.dtype), ranks or Ranks()
-    model = open_source(Path(src), _path(hf_source), mixed=options.dtype is not None)
+    cast = Cast(options.dtype)
+    model = open_source(Path(src), hf_source, mixed=options.dtype is not None)
     mapping = model.mapping
     dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
     check_stacked_dtypes(mapping, dtypes)
@@ -114,10 +188,9 @@ def hf_to_megatron(
             mapping,
             dtypes,
             lambda weight: model.read(weight, cast),
-            lambda weight: _cost(weight, model.dtypes, dtypes),
+            lambda weight: _cost(model, weight, cast),
             transfer,
             max_file_size=options.max_file_size or MAX_FILE_SIZE,
-            ranks=ranks,
         )
 
     def finish(building: Path) -> None:
@@ -128,8 +201,7 @@ def hf_to_megatron(
             set_config_dtype(building / "hf" / "config.json", options.dtype)
 
     sizes = [weight_bytes(weight, dtypes[weight.key]) for weight in mapping.weights]
-    _convert(model, Path(dst), "to Megatron", sizes, write, finish, cast, options, console, ranks)
-    return Path(dst)
+    return _convert(model, Path(dst), "to Megatron", sizes, write, finish, cast, options, console)
 
 
 def megatron_to_hf(
@@ -137,12 +209,8 @@ def megatron_to_hf(
     dst: str | Path,
     *,
     hf_source: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | None = None,
-    options: Options | None = None,
-    overwrite: bool = False,
+    options: Options = _DEFAULT,
     console: Console | None = None,
-    ranks: Ranks | None = None,
 ) -> Path:
     """Convert a Megatron checkpoint (torch_dist at any layout, or mp_rank files) to an HF model directory.
 
@@ -150,8 +218,7 @@ def megatron_to_hf(
         src: checkpoint directory with a tracker, or one step's directory.
         dst: new HF directory.
         hf_source: see `open_source`.
-        dtype, max_shard_size, overwrite: short for the options.
-        options, console, ranks: as for `hf_to_megatron`.
+        options, console: as for `hf_to_megatron`.
 
     Returns:
         `dst`.
@@ -159,12 +226,12 @@ def megatron_to_hf(
     Raises:
         As `hf_to_megatron`.
     """
-    options = _with(options, overwrite, dtype, max_shard_size)
-    cast, ranks = Cast(options.dtype), ranks or Ranks()
-    model = open_source(Path(src), _path(hf_source), mixed=options.dtype is not None)
-    mapping, lm_head = model.mapping, model.has_lm_head
+    cast = Cast(options.dtype)
+    model = open_source(Path(src), hf_source, mixed=options.dtype is not None)
+    mapping = model.mapping
     dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    shards = plan_shards(hf_plan(mapping, dtypes, lm_head=lm_head), options.max_file_size or MAX_SHARD_SIZE)
+    plan = hf_plan(mapping, dtypes, lm_head=model.has_lm_head)
+    shards = plan_shards(plan, options.max_file_size or MAX_SHARD_SIZE)
     weight_of = {name: weight for weight in mapping.weights for name in weight.hf_names}
     if mapping.tied:
         weight_of[LM_HEAD] = mapping.embedding
@@ -173,7 +240,7 @@ def megatron_to_hf(
         """What a file holds; its neighbours from one Megatron tensor are read together."""
         for weight, group in groupby(shard.tensors, lambda tensor: weight_of[tensor.name]):
             planned = list(group)
-            with transfer.tensor(sum(t.num_bytes for t in planned), _cost(weight, model.dtypes, dtypes)):
+            with transfer.tensor(sum(t.num_bytes for t in planned), _cost(model, weight, cast)):
                 parts = weight.split(model.read(weight, cast))
                 for tensor in planned:
                     # A tied model's repeated head is the only tensor under a name that its weight does not know.
@@ -181,10 +248,8 @@ def megatron_to_hf(
                 del parts
 
     def write(building: Path, transfer: Transfer) -> None:
-        mine = shards[ranks.rank :: ranks.size]
-        ranks.each(
-            lambda: transfer.run(partial(write_shard, building, shard, tensors(shard, transfer)) for shard in mine)
-        )
+        mine = [shards[i] for i in my_share(len(shards))]
+        each(lambda: transfer.run(partial(write_shard, building, shard, tensors(shard, transfer)) for shard in mine))
 
     def finish(building: Path) -> None:
         write_index(building, shards)
@@ -193,34 +258,14 @@ def megatron_to_hf(
             set_config_dtype(building / "config.json", options.dtype)
 
     sizes = [shard.num_bytes for shard in shards]
-    _convert(model, Path(dst), "to HF", sizes, write, finish, cast, options, console, ranks)
-    return Path(dst)
+    return _convert(model, Path(dst), "to HF", sizes, write, finish, cast, options, console)
 
 
-def _with(
-    options: Options | None,
-    overwrite: bool,
-    dtype: torch.dtype | None = None,
-    max_file_size: int | None = None,
-) -> Options:
-    options = options or Options()
-    return replace(
-        options,
-        dtype=dtype or options.dtype,
-        max_file_size=options.max_file_size if max_file_size is None else max_file_size,
-        overwrite=overwrite or options.overwrite,
-    )
-
-
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
-def _cost(weight: Weight, source: Mapping[str, torch.dtype], target: Mapping[str, torch.dtype]) -> int:
+def _cost(model: SourceModel, weight: Weight, cast: Cast) -> int:
     """Bytes held while a tensor is under way: its parts as read, and joined, cast or split."""
-    sizes = [weight_bytes(weight, dtypes[weight.key]) for dtypes in (source, target)]
-    copied = len(weight.hf_names) > 1 or source[weight.key] != target[weight.key]
-    return sum(sizes) if copied else sizes[0]
+    dtype = model.dtypes[weight.key]
+    read, made = weight_bytes(weight, dtype), weight_bytes(weight, cast.of(dtype))
+    return read + made if len(weight.hf_names) > 1 or cast.of(dtype) != dtype else read
 
 
 def _convert(
@@ -233,8 +278,7 @@ def _convert(
     cast: Cast,
     options: Options,
     console: Console | None,
-    ranks: Ranks,
-) -> None:
+) -> Path:
     """Build `dst`: `write` by all ranks, each its share of the parts whose `sizes` are given, `finish` by the first."""
     for file in (*model.files, model.hf_folder / "config.json"):
         if dst.resolve() in file.resolve().parents:
@@ -244,18 +288,18 @@ def _convert(
         check_free(dst, overwrite=options.overwrite)
         check_disk_space(dst, sum(sizes) + _DISK_MARGIN)
 
-    ranks.on_first(check)
+    on_first(check)
     started = time.monotonic()
-    bar = progress_bar(console if ranks.first else None, title, sum(sizes[ranks.rank :: ranks.size]))
-    with staged_directory(dst, overwrite=options.overwrite, ranks=ranks) as building:
-        with bar as advance:
+    with staged_directory(dst, overwrite=options.overwrite) as building:
+        with progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance:
             write(building, Transfer(options.workers, options.memory, advance))
-        ranks.on_first(lambda: finish(building))
-    cast.merge(ranks.gather(cast.counts))
-    if console is not None and ranks.first:
+        on_first(lambda: finish(building))
+    cast.merge(everyone(cast.counts))
+    if console is not None:
         seconds, total = time.monotonic() - started, sum(sizes) / 1e9
         console.print(f"{title}: {total:.2f} GB in {seconds:.1f} s ({total / seconds:.2f} GB/s)")
         console.print(cast.statement())
+    return dst
 
 
 def compare_hf(a: str | Path, b: str | Path) -> list[str]:
@@ -264,18 +308,16 @@ def compare_hf(a: str | Path, b: str | Path) -> list[str]:
     How tensors are spread over files does not count.
     """
     left, right = HFCheckpoint(a), HFCheckpoint(b)
-    differences = [f"{name}: only in {left.path}" for name in left.names if name not in right.shapes]
-    differences += [f"{name}: only in {right.path}" for name in right.names if name not in left.shapes]
+    differences = _unshared(left.shapes, left.path, right.shapes, right.path)
     for name in left.names:
-        if name not in right.shapes:
-            continue
-        if left.shapes[name] != right.shapes[name]:
-            differences.append(f"{name}: shape {left.shapes[name]} and {right.shapes[name]}")
-        elif left.dtypes[name] != right.dtypes[name]:
-            differences.append(f"{name}: dtype {left.dtypes[name]} and {right.dtypes[name]}")
-        elif difference := _difference(left.read(name), right.read(name)):
+        if name in right.shapes and (difference := _difference(left.read(name), right.read(name))):
             differences.append(f"{name}: {difference}")
     return differences
+
+
+def _unshared(ours: Mapping[str, Shape], our_path: Path, theirs: Mapping[str, Shape], their_path: Path) -> list[str]:
+    differences = [f"{name}: only in {our_path}" for name in ours if name not in theirs]
+    return differences + [f"{name}: only in {their_path}" for name in theirs if name not in ours]
 
 
 def _difference(one: Tensor, two: Tensor) -> str | None:
@@ -296,35 +338,28 @@ def verify_conversion(
     target: Path,
     *,
     hf_source: Path | None = None,
-    dtype: torch.dtype | None = None,
-    workers: int = 2,
-    memory: int = 2**30,
-    ranks: Ranks | None = None,
+    options: Options = _DEFAULT,
 ) -> list[str]:
     """Take the target back to the source's HF tensors and compare names, shapes, dtypes and bytes, streaming.
 
     Both are read from disk anew. Where one is an HF directory, its tensors are compared as they are stored there.
+    Collective over the world, whose ranks share the work.
 
     Args:
         source: what was converted.
         target: what it became.
         hf_source: see `open_source`; of the source.
-        dtype: the source is cast to this first, as the conversion did.
-        workers: threads.
-        memory: bytes of tensors held at once.
-        ranks: processes that share the work; None: one.
+        options: those of the conversion: the source is cast first, as it did.
 
     Returns:
         Every difference; on every rank, those of all ranks.
     """
-    ranks = ranks or Ranks()
-    left, right = open_source(source, hf_source, mixed=dtype is not None), open_source(target)
-    names = [model.mapping.hf_tensors(lm_head=model.has_lm_head) for model in (left, right)]
-    differences = [f"{name}: only in {source}" for name in names[0] if name not in names[1]]
-    differences += [f"{name}: only in {target}" for name in names[1] if name not in names[0]]
+    left, right = open_source(source, hf_source, mixed=options.dtype is not None), open_source(target)
+    ours, theirs = (model.mapping.hf_tensors(lm_head=model.has_lm_head) for model in (left, right))
+    differences = _unshared(ours, source, theirs, target)
     if left.mapping.by_key.keys() != right.mapping.by_key.keys():
         return differences
-    transfer, cast = Transfer(workers, memory), Cast(dtype)
+    transfer, cast = Transfer(options.workers, options.memory), Cast(options.dtype)
 
     def compare(weight: Weight) -> list[str]:
         size = weight_bytes(weight, left.dtypes[weight.key])
@@ -333,6 +368,6 @@ def verify_conversion(
             pairs = {name: _difference(ours[name], theirs[name]) for name in weight.hf_names}
             return [f"{name}: {difference}" for name, difference in pairs.items() if difference]
 
-    share = left.mapping.weights[ranks.rank :: ranks.size]
-    mine = ranks.each(lambda: transfer.run(partial(compare, weight) for weight in share))
-    return differences + [line for lists in ranks.gather(mine) for lines in lists for line in lines]
+    share = [left.mapping.weights[i] for i in my_share(len(left.mapping.weights))]
+    mine = each(lambda: transfer.run(partial(compare, weight) for weight in share))
+    return differences + [line for lists in everyone(mine) for lines in lists for line in lines]

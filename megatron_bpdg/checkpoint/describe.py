@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from rich.table import Table
 
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
-from megatron_bpdg.checkpoint.mapping import mapping_for
+from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint
+from megatron_bpdg.checkpoint.mapping import ModelMapping, mapping_for
 from megatron_bpdg.checkpoint.raw import load_foreign
-from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.checkpoint.source import is_megatron, open_megatron
+from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_bpdg.models.hf_config import hf_config_of
 
 _MODEL_FIELDS = (
@@ -57,59 +57,54 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: there is no checkpoint at `path`, or it is not readable.
     """
-    if is_legacy(path):
-        return _describe_legacy(LegacyCheckpoint(path))
-    if is_torch_dist(path):
-        return _describe_torch_dist(TorchDistCheckpoint(path))
+    if is_megatron(path):
+        return _describe_megatron(open_megatron(path))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    return _describe_hf(HFCheckpoint(path))
-
-
-def _describe_hf(hf: HFCheckpoint) -> dict[str, Any]:
-    mapping = hf.mapping
-    sizes = [(dtype, hf.tensor_bytes(name)) for name, dtype in hf.dtypes.items()]
-    files = len(hf.files)
+    hf = HFCheckpoint(path)
     return {
         "format": "hf",
         "path": str(hf.path),
         "iteration": None,
-        "layout": {"shards": files, "lm_head": "stored" if hf.has_lm_head else "the embedding"},
-        **_data(hf.files, sizes),
-        "parameters": mapping.num_parameters,
-        "model": _model(hf.config),
-        "complete": _attempt(hf.check),
+        "layout": {"shards": len(hf.files), "lm_head": "stored" if hf.has_lm_head else "the embedding"},
+        **_data(hf.files, [(dtype, hf.tensor_bytes(name)) for name, dtype in hf.dtypes.items()]),
+        **_of_config(hf.config, lambda mapping: hf.check()),
     }
 
 
-def _describe_torch_dist(checkpoint: TorchDistCheckpoint) -> dict[str, Any]:
-    sizes = [(dtype, math.prod(checkpoint.shapes[key]) * dtype.itemsize) for key, dtype in checkpoint.dtypes.items()]
-    return {
-        "format": "torch_dist",
+def _describe_megatron(checkpoint: LegacyCheckpoint | TorchDistCheckpoint) -> dict[str, Any]:
+    layout: dict[str, Any]
+    if isinstance(checkpoint, LegacyCheckpoint):
+        layout, arguments = {"ranks": checkpoint.sizes}, checkpoint.arguments
+    else:
+        layout = {"layers": "stacked" if checkpoint.stacked else "one key per layer"}
+        arguments = _common_arguments(checkpoint.directory / "common.pt")
+    saved_at = {name: value for name, field in _SAVED_AT.items() if isinstance(value := arguments.get(field), int)}
+    description = {
+        "format": "mp_rank" if isinstance(checkpoint, LegacyCheckpoint) else "torch_dist",
         "path": str(checkpoint.directory),
         "iteration": "release" if checkpoint.iteration is None else checkpoint.iteration,
-        "layout": {
-            "layers": "stacked" if checkpoint.stacked else "one key per layer",
-            "saved_at": _saved_at(_common_arguments(checkpoint.directory / "common.pt")),
-            "optimizer": checkpoint.has_optimizer,
-        },
-        **_data(checkpoint.files, sizes),
-        **_with_config(checkpoint, checkpoint.hf_folder),
-    }
-
-
-def _describe_legacy(checkpoint: LegacyCheckpoint) -> dict[str, Any]:
-    return {
-        "format": "mp_rank",
-        "path": str(checkpoint.directory),
-        "iteration": "release" if checkpoint.iteration is None else checkpoint.iteration,
-        "layout": {
-            "ranks": checkpoint.sizes,
-            "saved_at": _saved_at(checkpoint.arguments),
-            "optimizer": checkpoint.has_optimizer,
-        },
+        "layout": layout | {"saved_at": saved_at, "optimizer": checkpoint.has_optimizer},
         **_data(checkpoint.files, checkpoint.stored_sizes),
-        **_with_config(checkpoint, checkpoint.hf_folder),
+    }
+    try:
+        config = hf_config_of(checkpoint.hf_folder, checkpoint.root)
+    except FileNotFoundError as error:
+        return description | {"parameters": None, "model": None, "complete": str(error)}
+    return description | _of_config(config, checkpoint.check)
+
+
+def _of_config(config: Mapping[str, Any], check: Callable[[ModelMapping], None]) -> dict[str, Any]:
+    mapping = mapping_for(config)
+    complete: bool | str = True
+    try:
+        check(mapping)
+    except ValueError as error:
+        complete = str(error)
+    return {
+        "parameters": mapping.num_parameters,
+        "model": {name: config[name] for name in _MODEL_FIELDS if config.get(name) is not None},
+        "complete": complete,
     }
 
 
@@ -128,41 +123,12 @@ def _data(files: Iterable[Path], sizes: Iterable[tuple[torch.dtype, int]]) -> di
     }
 
 
-def _with_config(checkpoint: TorchDistCheckpoint | LegacyCheckpoint, folder: Path | None) -> dict[str, Any]:
-    try:
-        config = hf_config_of(folder, checkpoint.root)
-    except FileNotFoundError as error:
-        return {"parameters": None, "model": None, "complete": str(error)}
-    mapping = mapping_for(config)
-    return {
-        "parameters": mapping.num_parameters,
-        "model": _model(config),
-        "complete": _attempt(lambda: checkpoint.check(mapping)),
-    }
-
-
-def _attempt(check: Callable[[], None]) -> bool | str:
-    try:
-        check()
-    except ValueError as error:
-        return str(error)
-    return True
-
-
-def _model(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in _MODEL_FIELDS if config.get(name) is not None}
-
-
 def _common_arguments(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     common = load_foreign(file)
     arguments = common.get("args") if isinstance(common, dict) else None
     return vars(arguments) if isinstance(arguments, Namespace) else {}
-
-
-def _saved_at(arguments: Mapping[str, Any]) -> dict[str, int]:
-    return {name: value for name, field in _SAVED_AT.items() if isinstance(value := arguments.get(field), int)}
 
 
 def description_table(description: Mapping[str, Any]) -> Table:

@@ -6,11 +6,11 @@ import fcntl
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
-from megatron_bpdg.checkpoint.transfer import Ranks
+from megatron_bpdg.parallel.together import on_first
 from megatron_bpdg.tracking.files import fsync_path
 
 # Kept next to the weights so that a converted checkpoint serves as a model directory by itself.
@@ -58,51 +58,43 @@ def partial_path(destination: Path) -> Path:
 
 
 @contextmanager
-def staged_directory(destination: Path, *, overwrite: bool = False, ranks: Ranks | None = None) -> Iterator[Path]:
+def staged_directory(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A sibling directory that becomes `destination` when the with-block ends well on all ranks, else is removed.
 
-    What a process that was killed left there is removed first.
+    What a process that was killed left there is removed first. Collective over the world.
 
     Args:
         destination: what it becomes.
         overwrite: replace an existing `destination`.
-        ranks: processes that build it together; None: this one.
 
     Raises:
         FileExistsError: where `destination` is not empty and `overwrite` is false.
         OSError: another process is building it.
     """
-    ranks, staging = ranks or Ranks(), partial_path(destination)
-    lock = ranks.on_first(lambda: _claim(destination, staging, overwrite=overwrite))
+    staging = partial_path(destination)
+
+    def claim() -> None:
+        check_free(destination, overwrite=overwrite)
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = claimed.enter_context((staging / _LOCK).open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OSError(f"another process is writing {destination}; its files are in {staging}") from error
+        claimed.callback(shutil.rmtree, staging, ignore_errors=True)
+        for path in staging.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish() -> None:
         (staging / _LOCK).unlink()
         check_free(destination, overwrite=overwrite)
         publish_directory(staging, destination)
 
-    try:
+    with ExitStack() as claimed:  # the first rank's alone
+        on_first(claim)
         yield staging
-        ranks.on_first(publish)
-    finally:
-        if lock is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-            lock.close()
-
-
-def _claim(destination: Path, staging: Path, *, overwrite: bool) -> IO[str]:
-    """Make `staging`, empty but for the lock that is returned."""
-    check_free(destination, overwrite=overwrite)
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = (staging / _LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise OSError(f"another process is writing {destination}; its files are in {staging}") from error
-    for path in staging.iterdir():
-        if path.name != _LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return lock
+        on_first(publish)
 
 
 def in_files(items: Sequence[Item], sizes: Sequence[int], max_file_size: int) -> list[list[Item]]:

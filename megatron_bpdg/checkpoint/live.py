@@ -21,7 +21,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source, write_hf_folder
-from megatron_bpdg.checkpoint.files import check_free, copy_sidecars, publish_directory, staged_directory
+from megatron_bpdg.checkpoint.files import copy_sidecars, publish_directory, staged_directory
 from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
     HFCheckpoint,
@@ -38,6 +38,7 @@ from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
 from megatron_bpdg.models.hf_config import hf_config_of, read_hf_config
+from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.tracking.files import write_text
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -118,10 +119,9 @@ class _Stage:
                     wrong[key] = problem
         # Ranks that differ in their tensor-parallel place alone say the same.
         group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, (pipeline.rank, held, wrong), group=group)
+        said = everyone((pipeline.rank, held, wrong), group)
         owners: dict[str, tuple[int, Shape, torch.dtype]] = {}
-        for rank, their_held, their_wrong in sorted(everyone, key=lambda said: said[0]):
+        for rank, their_held, their_wrong in sorted(said, key=lambda one: one[0]):
             wrong |= their_wrong
             for key, (shape, dtype) in their_held.items():
                 if key in owners and owners[key][0] != rank:
@@ -294,33 +294,36 @@ def save_hf(
     lm_head = emits_lm_head(hf_source)
     stage = _Stage.of(chunks, config)
     dtypes = {key: dtype or held for key, (_, _, held) in stage.owners.items()}
-    _on_rank_zero(lambda: check_free(path, overwrite=overwrite))
-    weights = iter_hf_weights(chunks, config, dtype, lm_head=lm_head)
-    if dist.get_rank() == 0:
-        shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head), max_shard_size)
-        with staged_directory(path, overwrite=overwrite) as staging:
+    shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head), max_shard_size)
+    with staged_directory(path, overwrite=overwrite) as staging:
+        weights = iter_hf_weights(chunks, config, dtype, lm_head=lm_head)
+        if dist.get_rank() == 0:
             for shard in shards:
                 write_shard(staging, shard, weights)
             write_index(staging, shards)
             copy_sidecars(hf_source, staging)
             set_config_dtype(staging / "config.json", dtypes[EMBEDDING])
-    else:
-        for _ in weights:  # all ranks take part in the collectives
+        for _ in weights:  # the other ranks take part in the collectives
             pass
-    dist.barrier()
 
 
-def _on_rank_zero(check: Callable[[], None]) -> None:
-    """Run a check on global rank 0 and raise its error on every rank, so that none waits for the others."""
-    outcome: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            check()
-        except Exception as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+class LiveWeights:
+    """`megatron_bpdg.serving.sglang.weights.base.Weights` of a Megatron model.
+
+    Args:
+        chunks: this rank's model chunks.
+        hf_config: normalised HF config.
+        hf_folder: gives config and tokenizer of the saved directory.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], hf_config: Mapping[str, Any], hf_folder: Path) -> None:
+        self.chunks, self.hf_config, self.hf_folder = chunks, hf_config, hf_folder
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter_hf_weights(self.chunks, self.hf_config)
+
+    def save(self, path: Path) -> None:
+        save_hf(self.chunks, self.hf_folder, path, overwrite=True)
 
 
 # --- saving ------------------------------------------------------------------------------------------------------
@@ -346,22 +349,24 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
     stage = _Stage.of(chunks, config)
     step = path / f"iter_{iteration:07d}"
     staging = path / f".{step.name}.tmp"
-    rank = dist.get_rank()
-    if rank == 0:
+
+    def clear() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    dist.barrier()
+
+    def publish() -> None:
+        if not (path / "hf" / "config.json").is_file():
+            dtype = str(stage.owners[EMBEDDING][2]).removeprefix("torch.")
+            write_hf_folder(path, hf_source, Source(emits_lm_head(hf_source), config["vocab_size"], dtype))
+        publish_directory(staging, step)
+        write_text(path / TRACKER_FILE, str(iteration))
+
+    on_first(clear)
     state: dict[str, Any] = {"args": megatron_args(config), "checkpoint_version": 3.0, "iteration": iteration}
     for number, chunk in enumerate(map(unwrap_model, chunks)):
         name = "model" if len(chunks) == 1 else f"model{number}"
         state[name] = chunk.sharded_state_dict(metadata={})
     dist_checkpointing.save(state, str(staging))
     dist.barrier()
-    if rank == 0:
-        if not (path / "hf" / "config.json").is_file():
-            dtype = str(stage.owners[EMBEDDING][2]).removeprefix("torch.")
-            write_hf_folder(path, hf_source, Source(emits_lm_head(hf_source), config["vocab_size"], dtype))
-        publish_directory(staging, step)
-        write_text(path / TRACKER_FILE, str(iteration))
-    dist.barrier()
+    on_first(publish)
     return step

@@ -18,8 +18,6 @@ from typing import Any
 
 from megatron_bpdg.checkpoint.patterns import (
     QKV,
-    ColumnParallel,
-    Expert,
     ExpertGatedMLP,
     ExpertRowParallel,
     GatedMLP,
@@ -215,22 +213,17 @@ def _attention(hf: str, mg: str, config: Mapping[str, Any], family: Family) -> l
     H, D = config["hidden_size"], config["head_dim"]
     q_rows, kv_rows = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
     hf, attention, norm = f"{hf}.self_attn", f"{mg}.self_attention", f"{hf}.input_layernorm.weight"
-    weights = [
-        Replicated(f"{attention}.linear_qkv.layer_norm_weight", (norm,), ((H,),)),
-        QKV(f"{attention}.linear_qkv.weight", _qkv(hf, "weight"), ((q_rows, H), (kv_rows, H), (kv_rows, H)), D),
-    ]
-    if family.qkv_bias:
-        weights.append(QKV(f"{attention}.linear_qkv.bias", _qkv(hf, "bias"), ((q_rows,), (kv_rows,), (kv_rows,)), D))
+    weights: list[Weight] = [Replicated(f"{attention}.linear_qkv.layer_norm_weight", (norm,), ((H,),))]
+    for kind, columns in (("weight", (H,)), *([("bias", ())] if family.qkv_bias else [])):
+        names = tuple(f"{hf}.{part}_proj.{kind}" for part in "qkv")
+        shapes = tuple((rows, *columns) for rows in (q_rows, kv_rows, kv_rows))
+        weights.append(QKV(f"{attention}.linear_qkv.{kind}", names, shapes, D))
     if family.qk_norm:
         weights += [
             Replicated(f"{attention}.{part}_layernorm.weight", (f"{hf}.{part}_norm.weight",), ((D,),)) for part in "qk"
         ]
     weights.append(RowParallel(f"{attention}.linear_proj.weight", (f"{hf}.o_proj.weight",), ((H, q_rows),)))
     return weights
-
-
-def _qkv(hf: str, kind: str) -> tuple[str, ...]:
-    return tuple(f"{hf}.{part}_proj.{kind}" for part in "qkv")
 
 
 def _gate_up(hf: str) -> tuple[str, str]:
@@ -262,20 +255,3 @@ def _experts(hf: str, mg: str, config: Mapping[str, Any]) -> list[Weight]:
             ExpertRowParallel(f"{target}.linear_fc2.weight", (f"{source}.down_proj.weight",), ((H, F),), e, E),
         ]
     return weights
-
-
-__all__ = [
-    "QKV",
-    "ColumnParallel",
-    "Expert",
-    "ExpertGatedMLP",
-    "ExpertRowParallel",
-    "GatedMLP",
-    "MappingError",
-    "ModelMapping",
-    "Replicated",
-    "RowParallel",
-    "VocabRows",
-    "Weight",
-    "mapping_for",
-]

@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import pickle
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-class FileRange(io.RawIOBase):
-    """A read-only view of ``[offset, offset + length)`` of an open file."""
-
-    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
-        self._stream, self._offset, self._length, self._position = stream, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._position)
-        self._stream.seek(self._offset + self._position)
-        data = self._stream.read(left if size < 0 else min(size, left))
-        self._position += len(data)
-        return data
+from torch.distributed.checkpoint.utils import _create_file_view
 
 
 class _Inert:
@@ -68,9 +35,11 @@ def load_foreign(file: Path) -> Any:
         ValueError: not a file of torch.save, or truncated, or it would run code.
     """
     with _errors_of(file), file.open("rb") as stream:
-        view = cast(IO[bytes], FileRange(stream, 0, file.stat().st_size))
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(view)
-        classes: list[Any] = [(Namespace if name == "argparse.Namespace" else _inert(name), name) for name in names]
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+        classes: list[Any] = [
+            (Namespace if name == "argparse.Namespace" else type(name.rpartition(".")[2], (_Inert,), {}), name)
+            for name in names
+        ]
         with torch.serialization.safe_globals(classes):
             return torch.load(file, weights_only=True, mmap=True)
 
@@ -82,7 +51,7 @@ def load_piece(file: Path, offset: int, length: int) -> Any:
         ValueError: nothing of torch.save (or truncated), or more than tensors and plain values.
     """
     with _errors_of(file), file.open("rb") as stream:
-        view = cast(IO[bytes], FileRange(stream, offset, length))
+        view = cast(IO[bytes], _create_file_view(stream, offset, length))
         return torch.load(view, map_location="meta", weights_only=True)
 
 
@@ -93,13 +62,11 @@ def _errors_of(file: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         # torch's own text advises to run what the file says.
         raise ValueError(f"{file} holds objects that are no tensors or plain values, or is damaged") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to before the start of a short file
+            raise
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{file} is truncated or was not written by torch.save: {reason}") from error
-
-
-def _inert(name: str) -> type[_Inert]:
-    return type(name.rpartition(".")[2], (_Inert,), {})
 
 
 def read_stored(tensor: Tensor, file: Path, offset: int) -> Tensor:

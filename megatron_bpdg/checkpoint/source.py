@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,25 +100,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class MegatronSource(Protocol):
-    """Whole tensors of a Megatron checkpoint in some format."""
-
-    root: Path
-    directory: Path
-
-    @property
-    def hf_folder(self) -> Path | None: ...
-    @property
-    def iteration(self) -> int | None: ...
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]: ...
-    @property
-    def files(self) -> list[Path]: ...
-    def check(self, mapping: ModelMapping) -> None: ...
-    def read_weight(self, weight: Weight) -> Tensor: ...
-
-
-def open_megatron(path: Path) -> MegatronSource:
+def open_megatron(path: Path) -> LegacyCheckpoint | TorchDistCheckpoint:
     """Open a torch_dist or mp_rank checkpoint.
 
     Raises:
@@ -145,7 +127,6 @@ class SourceModel:
         files: data files.
         read: one full Megatron tensor; safe in several threads at once.
         parts: the HF tensors of one Megatron tensor, by name; for an HF directory read as they are.
-        is_hf: whether it is an HF directory.
     """
 
     config: dict[str, Any]
@@ -156,10 +137,9 @@ class SourceModel:
     files: list[Path]
     read: Callable[[Weight, Cast], Tensor]
     parts: Callable[[Weight, Cast], dict[str, Tensor]]
-    is_hf: bool
 
 
-def open_source(path: Path, hf_source: Path | None = None, *, mixed: bool = False) -> SourceModel:
+def open_source(path: Path, hf_source: str | Path | None = None, *, mixed: bool = False) -> SourceModel:
     """Open and check a checkpoint of any format.
 
     Args:
@@ -174,7 +154,7 @@ def open_source(path: Path, hf_source: Path | None = None, *, mixed: bool = Fals
     """
     if is_megatron(path):
         megatron = open_megatron(path)
-        folder = megatron.hf_folder if hf_source is None else hf_source
+        folder = megatron.hf_folder if hf_source is None else Path(hf_source)
         config = hf_config_of(folder, megatron.root)
         assert folder is not None
         mapping = mapping_for(config)
@@ -182,9 +162,6 @@ def open_source(path: Path, hf_source: Path | None = None, *, mixed: bool = Fals
 
         def read_megatron(weight: Weight, cast: Cast) -> Tensor:
             return cast(weight.fit(megatron.read_weight(weight)), weight.key)
-
-        def split_megatron(weight: Weight, cast: Cast) -> dict[str, Tensor]:
-            return weight.split(read_megatron(weight, cast))
 
         return SourceModel(
             config,
@@ -194,8 +171,7 @@ def open_source(path: Path, hf_source: Path | None = None, *, mixed: bool = Fals
             {key: dtype for key, dtype in megatron.dtypes.items() if key in mapping.by_key},
             megatron.files,
             read_megatron,
-            split_megatron,
-            is_hf=False,
+            lambda weight, cast: weight.split(read_megatron(weight, cast)),
         )
     if hf_source is not None:
         raise ValueError(f"--hf-source is for Megatron checkpoints; {path} has a config.json of its own")
@@ -205,11 +181,17 @@ def open_source(path: Path, hf_source: Path | None = None, *, mixed: bool = Fals
     def parts(weight: Weight, cast: Cast) -> dict[str, Tensor]:
         return {name: cast(hf.read(name), name) for name in weight.hf_names}
 
-    def read_hf(weight: Weight, cast: Cast) -> Tensor:
-        return weight.hf_to_megatron(list(parts(weight, cast).values()))
-
     dtypes = {weight.key: _common_dtype(weight, hf.dtypes, mixed) for weight in hf.mapping.weights}
-    return SourceModel(hf.config, hf.mapping, path, hf.has_lm_head, dtypes, hf.files, read_hf, parts, is_hf=True)
+    return SourceModel(
+        hf.config,
+        hf.mapping,
+        path,
+        hf.has_lm_head,
+        dtypes,
+        hf.files,
+        lambda weight, cast: weight.hf_to_megatron(list(parts(weight, cast).values())),
+        parts,
+    )
 
 
 def _common_dtype(weight: Weight, dtypes: Mapping[str, torch.dtype], mixed: bool) -> torch.dtype:

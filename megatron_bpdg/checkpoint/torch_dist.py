@@ -39,7 +39,6 @@ _EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.")
 _EXPERTS = ".mlp.experts.experts."
 # Training checkpoints carry this besides the weights.
 _OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
-_NOT_WEIGHTS = re.compile(rf"{_OPTIMIZER.pattern}|\._extra_state$")
 
 
 @dataclass(frozen=True)
@@ -181,13 +180,17 @@ class TorchDistCheckpoint(StepDirectory):
     @property
     def stacked(self) -> bool:
         """Whether one stored tensor holds all layers."""
-        keys = self._metadata.state_dict_metadata
-        return not any(_LAYER.match(key) for key in keys)
+        return not any(_LAYER.match(key) for key in self._metadata.state_dict_metadata)
 
     @property
     def has_optimizer(self) -> bool:
         """Whether optimizer state was saved along."""
         return any(_OPTIMIZER.match(key) for key in self._metadata.state_dict_metadata)
+
+    @property
+    def stored_sizes(self) -> list[tuple[torch.dtype, int]]:
+        """dtype and bytes of every tensor."""
+        return [(stored.dtype, math.prod(stored.shape) * stored.dtype.itemsize) for stored in self._stored.values()]
 
     @cached_property
     def files(self) -> list[Path]:
@@ -261,13 +264,9 @@ class TorchDistCheckpoint(StepDirectory):
         """Raise MappingError, listing every problem, unless the tensors are exactly this model's."""
         mapping.check_megatron(self.shapes, str(self.directory))
 
-    def read(self, key: str) -> Tensor:
-        """One full tensor, by canonical key. Safe in several threads at once."""
-        return self._stored[key].read()
-
     def read_weight(self, weight: Weight) -> Tensor:
-        """The full tensor of an entry of the mapping."""
-        return self.read(weight.key)
+        """The full tensor of an entry of the mapping. Safe in several threads at once."""
+        return self._stored[weight.key].read()
 
 
 def _rename_expert_norms(found: dict[str, _Stored]) -> dict[str, _Stored]:

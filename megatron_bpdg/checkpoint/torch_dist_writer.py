@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,8 +44,9 @@ from megatron_bpdg.checkpoint.files import in_files
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
 from megatron_bpdg.checkpoint.torch_dist import stacked_key
-from megatron_bpdg.checkpoint.transfer import Ranks, Transfer
+from megatron_bpdg.checkpoint.transfer import Transfer
 from megatron_bpdg.models.families import FAMILIES, moe_layers
+from megatron_bpdg.parallel.together import my_share, this_rank
 from megatron_bpdg.tracking.files import fsync_path, write_text
 
 MAX_FILE_SIZE = 2 * 10**9
@@ -69,9 +71,8 @@ def write_torch_dist(
     transfer: Transfer,
     *,
     max_file_size: int = MAX_FILE_SIZE,
-    ranks: Ranks | None = None,
 ) -> None:
-    """Write all tensors of a model with torch.distributed.checkpoint; collective over the ranks, which share them.
+    """Write all tensors of a model with torch.distributed.checkpoint; collective over the world, which shares them.
 
     Args:
         step: the step's directory.
@@ -81,26 +82,23 @@ def write_torch_dist(
         cost: bytes held while a tensor is read and written.
         transfer: threads and memory of this rank.
         max_file_size: bytes of tensors per data file; a larger tensor has a file of its own.
-        ranks: processes that share the work, those of the default process group; None: this one.
 
     Raises:
         MappingError: a tensor is not as planned.
         RuntimeError: another rank failed.
         Others: what `read` raises.
     """
-    ranks = ranks or Ranks()
-    planner = _StreamingPlanner(mapping, dtypes, read, cost, ranks)
+    planner = _StreamingPlanner(mapping, dtypes, read, cost)
     with _without_crc32(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         try:
             writer = _BoundedWriter(step, transfer, max_file_size)
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=ranks.size == 1)
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
         except CheckpointException as caught:  # no Exception, and it hides what happened
             errors = {rank: error for rank, (error, _) in caught.failures.items()}
-            rank = ranks.rank if ranks.rank in errors else min(errors)
-            if rank == ranks.rank:
-                raise errors[rank] from None
-            raise RuntimeError(f"rank {rank} of the conversion failed: {errors[rank]}") from errors[rank]
+            if this_rank() in errors:
+                raise errors[this_rank()] from None
+            raise RuntimeError(f"rank {min(errors)} failed: {errors[min(errors)]}") from errors[min(errors)]
 
 
 class _StreamingPlanner(SavePlanner):
@@ -112,9 +110,8 @@ class _StreamingPlanner(SavePlanner):
         dtypes: Mapping[str, torch.dtype],
         read: Callable[[Weight], Tensor],
         cost: Callable[[Weight], int],
-        ranks: Ranks,
     ) -> None:
-        self._mapping, self._dtypes, self._read, self._cost, self._ranks = mapping, dtypes, read, cost, ranks
+        self._mapping, self._dtypes, self._read, self._cost = mapping, dtypes, read, cost
         self._weights: dict[MetadataIndex, Weight] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -124,7 +121,7 @@ class _StreamingPlanner(SavePlanner):
         """This rank's share of the tensors: pieces of the stacked ones, each of one layer, and of one expert."""
         sizes = _leading_sizes(self._mapping)
         items = []
-        for weight in self._mapping.weights[self._ranks.rank :: self._ranks.size]:
+        for weight in (self._mapping.weights[i] for i in my_share(len(self._mapping.weights))):
             where = stacked_key(weight.key, layers=self._mapping.homogeneous)
             shape = weight.megatron_shape
             offsets = torch.Size((*where.index, *(0 for _ in shape)))
@@ -135,7 +132,7 @@ class _StreamingPlanner(SavePlanner):
             )
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
             self._weights[index] = weight
-        if self._ranks.first:
+        if this_rank() == 0:
             keys = _extra_state_keys(self._mapping)
             items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in keys]
         return SavePlan(items)

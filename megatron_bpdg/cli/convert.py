@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +36,19 @@ def convert(
     """
     from functools import partial
 
-    from megatron_bpdg.checkpoint.command import convert as run_convert
-    from megatron_bpdg.checkpoint.command import options_of
+    from megatron_bpdg.checkpoint.convert import Options
+    from megatron_bpdg.checkpoint.convert import convert as run_convert
+    from megatron_bpdg.checkpoint.source import DTYPES
 
-    options = options_of(dtype, max_file_gb, memory_gb, workers, overwrite=overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
+    options = Options(
+        dtype=None if dtype is None else DTYPES[dtype],
+        max_file_size=None if max_file_gb is None else int(max_file_gb * 10**9),
+        workers=workers or min(8, os.cpu_count() or 1),
+        memory=int(memory_gb * 10**9),
+        overwrite=overwrite,
+    )
     agree = None
     if verify_logits is not None:
         quiet_libraries()

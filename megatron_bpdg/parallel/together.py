@@ -19,6 +19,11 @@ Result = TypeVar("Result")
 _MEETING_S = 1.0
 
 
+def this_rank() -> int:
+    """This process's place in the world."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def everyone(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
     """Every rank's value, in rank order, on every rank of `group` (None: the world). Collective."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
@@ -46,6 +51,27 @@ def on_first(work: Callable[[], Result]) -> Result:
     result, problem = outcome
     if problem is not None:
         raise problem
+    return result
+
+
+def each(work: Callable[[], Result]) -> Result:
+    """What this rank's part of a work gave it. Collective over the world.
+
+    Raises:
+        Exception: this rank's own.
+        RuntimeError: another rank failed; so none waits for the others.
+    """
+    problem = None
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    problems = everyone(problem)
+    if problem is not None:
+        raise problem
+    for rank, other in enumerate(problems):
+        if other is not None:
+            raise RuntimeError(f"rank {rank} failed: {other}") from other
     return result
 
 

@@ -12,8 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_bpdg.checkpoint.live import save_weights
-from megatron_bpdg.checkpoint.live_weights import LiveWeights
+from megatron_bpdg.checkpoint.live import LiveWeights, save_weights
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Prompts

@@ -64,8 +64,34 @@ def test_the_first_ranks_error_is_raised_everywhere() -> None:
     assert run_ranks(first_alone, 2, False) == [("", [0], '"the first rank\'s own"')] * 2
 
 
+def each_its_part(fails: int | None) -> tuple[int, str]:
+    """What `each` gave here, and the error with its cause."""
+    from megatron_bpdg.parallel.together import each, this_rank
+
+    def work() -> int:
+        if this_rank() == fails:
+            raise KeyError("layer 3")
+        return 10 + this_rank()
+
+    try:
+        return each(work), ""
+    except (KeyError, RuntimeError) as caught:
+        return 0, f"{caught!r} from {caught.__cause__!r}"
+
+
+def test_each_rank_has_its_own_result() -> None:
+    assert run_ranks(each_its_part, 2, None) == [(10, ""), (11, "")]
+
+
+def test_an_error_of_one_rank_reaches_all() -> None:
+    first, second = run_ranks(each_its_part, 2, 1)
+    assert first == (0, """RuntimeError("rank 1 failed: 'layer 3'") from KeyError('layer 3')""")
+    assert second == (0, "KeyError('layer 3') from None")
+
+
 def test_one_process_without_a_group_is_one_rank() -> None:
-    from megatron_bpdg.parallel.together import everyone, on_first
+    from megatron_bpdg.parallel.together import each, everyone, on_first, this_rank
 
     assert everyone(3) == [3]
-    assert on_first(lambda: 5) == 5
+    assert on_first(lambda: 5) == each(lambda: 5) == 5
+    assert this_rank() == 0

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from megatron_bpdg.checkpoint.live import load_weights
-from megatron_bpdg.checkpoint.live_weights import LiveWeights
+from megatron_bpdg.checkpoint.live import LiveWeights, load_weights
 from megatron_bpdg.config.schema import Layout, Servers, WeightSync
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint import files
-from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, stacked_key
@@ -59,7 +59,7 @@ def test_transformers_loads_the_result_and_sidecars_follow(hf: Path, tmp_path: P
     assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "release"
     source = json.loads((megatron / "hf" / "bpdg_source.json").read_text())
     assert source == {"has_lm_head": True, "vocab_size": 98, "dtype": "float32", "format": 1}
-    back = megatron_to_hf(megatron, tmp_path / "back", dtype=torch.bfloat16)
+    back = megatron_to_hf(megatron, tmp_path / "back", options=Options(dtype=torch.bfloat16))
     assert (back / "tokenizer.json").read_text() == "{}"
     assert (back / "chat_template.jinja").is_file()
     assert not (back / "bpdg_source.json").exists()
@@ -164,7 +164,7 @@ def test_destinations(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (destination / "mark").touch()
     with pytest.raises(FileExistsError, match="megatron exists"):
         hf_to_megatron(hf, destination)
-    hf_to_megatron(hf, destination, overwrite=True)
+    hf_to_megatron(hf, destination, options=Options(overwrite=True))
     assert not (destination / "mark").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
     usage = namedtuple("usage", "free")
@@ -178,7 +178,7 @@ def test_a_source_is_never_overwritten(hf: Path, tmp_path: Path) -> None:
     for source, target in ((hf, hf), (megatron, megatron), (megatron, megatron.parent), (megatron, megatron / "hf")):
         convert = hf_to_megatron if source == hf else megatron_to_hf
         with pytest.raises(ValueError, match="which the conversion reads: choose another destination"):
-            convert(source, target, overwrite=True)
+            convert(source, target, options=Options(overwrite=True))
     assert compare_hf(hf, megatron_to_hf(megatron, tmp_path / "back")) == []
 
 
@@ -194,7 +194,7 @@ def test_a_failure_midway_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "megatron" / "old").touch()
     monkeypatch.setattr(HFCheckpoint, "read", failing)
     with pytest.raises(OSError, match="disk fell out"):
-        hf_to_megatron(hf, tmp_path / "megatron", overwrite=True)
+        hf_to_megatron(hf, tmp_path / "megatron", options=Options(overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
     assert (tmp_path / "megatron" / "old").exists()
 

@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from megatron_bpdg.checkpoint.command import convert
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron
+from megatron_bpdg.checkpoint.convert import Options, compare_hf, convert, hf_to_megatron
 from megatron_bpdg.checkpoint.describe import describe
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.config.schema import Sampling, Teacher

@@ -21,7 +21,7 @@ from megatron_bpdg.checkpoint import convert, files
 from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.files import partial_path
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.transfer import Budget, Ranks, Transfer
+from megatron_bpdg.checkpoint.transfer import Budget, Transfer
 from tests.checkpoint_fixtures import save_tiny
 
 # Small files: several of them for a tiny model.
@@ -236,13 +236,6 @@ def test_disk_space_is_checked_first(hf: Path, tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(needed))
     hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
-
-
-def test_an_error_of_one_rank_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = ValueError("layer 3 is missing")
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, failed])
-    with pytest.raises(RuntimeError, match="rank 1 of the conversion failed: layer 3 is missing"):
-        Ranks(0, 2).each(lambda: 1)
 
 
 def test_options_are_checked() -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from packaging.version import Version
 from rich.console import Console
 
-from megatron_bpdg.checkpoint.convert import megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, megatron_to_hf
 from megatron_bpdg.checkpoint.source import DTYPES, is_megatron, open_megatron
 from megatron_bpdg.serving.http.process import Command
 from megatron_bpdg.serving.sglang.role import Device, Role
@@ -229,7 +229,7 @@ def as_hf(checkpoint: Path, export: Path | None, console: Console) -> Path:
             f"{export} exists and is no export of `bpdg serve`; delete it, or choose another --export"
         )
     console.print(f"exporting {checkpoint} to {export}", soft_wrap=True)
-    megatron_to_hf(checkpoint, export, overwrite=True, console=console)
+    megatron_to_hf(checkpoint, export, options=Options(overwrite=True), console=console)
     write_text(record, json.dumps(files))
     return export
 
