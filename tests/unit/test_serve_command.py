@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +232,27 @@ def test_a_port_in_use_is_refused_before_anything_starts() -> None:
         check_port("192.0.2.1", port)
 
 
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """The signals as a shell hands them over; under nohup this process ignores SIGHUP from its start."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_ways_to_end_are_as_good_as_ctrl_c(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt, match=number.name), signals_interrupt():
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals_interrupt():
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
