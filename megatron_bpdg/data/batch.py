@@ -33,7 +33,7 @@ class MicroBatch:
         position_N: flat position ``s * B + b`` of the hidden state that *predicts* each response token.
         sampled_N: the response tokens.
         sequence_N, num_sequences: which sequence of the micro-batch.
-        block_N, block_index_S, num_blocks: block numbers unique over the micro-batch, and each block's number within
+        block_N, block_index_G, num_blocks: block numbers unique over the micro-batch, and each block's number within
             its own response.
         token_N, num_tokens: each token's number among the response tokens of the whole micro-batch.
         real_N: response tokens, not filler.
@@ -51,7 +51,7 @@ class MicroBatch:
     sequence_N: Tensor
     num_sequences: int
     block_N: Tensor
-    block_index_S: Tensor
+    block_index_G: Tensor
     num_blocks: int
     token_N: Tensor
     num_tokens: int
@@ -147,7 +147,7 @@ def collate(
         sequence_N=flat([torch.full((n,), b) for b, n in enumerate(lengths)]),
         num_sequences=len(sequences),
         block_N=flat(blocks),
-        block_index_S=torch.cat(block_indices) if block_indices else torch.zeros(1, dtype=torch.int64),
+        block_index_G=torch.cat(block_indices) if block_indices else torch.zeros(1, dtype=torch.int64),
         num_blocks=max(num_blocks, 1),
         token_N=token_N,
         num_tokens=num_tokens,

@@ -25,40 +25,40 @@ def drift_shapes(max_blocks: int) -> dict[str, int]:
 
 @torch.no_grad()
 def drift_sums(
-    gated: Gated, mask_n: Tensor, block_index_S: Tensor, max_blocks: int, owns_blocks: bool
+    gated: Gated, mask_n: Tensor, block_index_G: Tensor, max_blocks: int, owns_blocks: bool
 ) -> dict[str, Tensor]:
     """Sums over this rank's tokens, float64, as `drift_shapes` lists them.
 
     Args:
         gated: the gate's output for one micro-batch.
         mask_n: its mask.
-        block_index_S: position of each block within its own response, int64 ``[num_blocks]`` (the heat map's rows).
+        block_index_G: position of each block within its own response, int64 ``[num_blocks]`` (the heat map's rows).
         max_blocks: rows of the heat map; blocks beyond are added to the last row.
         owns_blocks: whether this rank counts the blocks. Block means are complete on every rank that shares the
             tokens, so only one of those ranks may count them.
     """
     gate = gated.gate_n[mask_n].double()
     drift = gated.drift_n[mask_n].double()
-    counted = (gated.block_count_S > 0) & owns_blocks
-    block_drift_S = torch.where(counted, gated.block_drift_S, 0.0)
+    counted = (gated.block_count_G > 0) & owns_blocks
+    block_drift_G = torch.where(counted, gated.block_drift_G, 0.0)
     histogram = torch.zeros(_EDGES, dtype=torch.float64, device=gate.device)
     bins = (gate.nan_to_num() * BINS).long()
     histogram.index_add_(0, bins, torch.ones_like(gate))
-    heat_2R = torch.zeros(2, max_blocks, dtype=torch.float64, device=gate.device)
-    count_S = torch.where(counted, gated.block_count_S, 0.0)
-    rows = block_index_S.clamp(max=max_blocks - 1)
-    heat_2R.index_add_(1, rows, torch.stack([block_drift_S * count_S, count_S]))
+    heat = torch.zeros(2, max_blocks, dtype=torch.float64, device=gate.device)
+    count_G = torch.where(counted, gated.block_count_G, 0.0)
+    rows = block_index_G.clamp(max=max_blocks - 1)
+    heat.index_add_(1, rows, torch.stack([block_drift_G * count_G, count_G]))
     return {
         "tokens": mask_n.sum().double(),
         "gate": gate.sum(),
         "gate_sq": gate.square().sum(),
         "abs_drift": drift.abs().sum(),
         "drift": drift.sum(),
-        "block_drift": block_drift_S.sum(),
+        "block_drift": block_drift_G.sum(),
         "blocks": counted.sum().double(),
         "gate_histogram": histogram,
-        "drift_by_index": heat_2R[0],
-        "tokens_by_index": heat_2R[1],
+        "drift_by_index": heat[0],
+        "tokens_by_index": heat[1],
     }
 
 
@@ -94,9 +94,9 @@ def drift_statistics(sums: Mapping[str, Tensor]) -> dict[str, float]:
 
 def drift_by_block(sums: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
     """Heat-map column: (token-weighted mean block drift, valid tokens) by block index within the response."""
-    total_R, count_R = sums["drift_by_index"], sums["tokens_by_index"]
-    used = int((count_R > 0).nonzero().max()) + 1 if bool((count_R > 0).any()) else 0
-    return (total_R / count_R.clamp(min=1))[:used].tolist(), count_R[:used].long().tolist()
+    total, count = sums["drift_by_index"], sums["tokens_by_index"]
+    used = int((count > 0).nonzero().max()) + 1 if bool((count > 0).any()) else 0
+    return (total / count.clamp(min=1))[:used].tolist(), count[:used].long().tolist()
 
 
 def _quantile(histogram: Tensor, q: float) -> float:

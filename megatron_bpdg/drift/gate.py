@@ -38,14 +38,14 @@ class Gated(Factor):
     Attributes:
         gate_n: float32 ``[n]``, the raw gate in (0, 1], 0 outside the mask.
         drift_n: float32 ``[n]``, token drift, 0 outside the mask.
-        block_drift_S: float64 ``[num_blocks]``.
-        block_count_S: float64 ``[num_blocks]``, valid tokens per block.
+        block_drift_G: float64 ``[num_blocks]``.
+        block_count_G: float64 ``[num_blocks]``, valid tokens per block.
     """
 
     gate_n: Tensor
     drift_n: Tensor
-    block_drift_S: Tensor
-    block_count_S: Tensor
+    block_drift_G: Tensor
+    block_count_G: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ class Gate:
         """
         mask_n = signals.mask_n
         inner, outer = AGGREGATORS[self.aggregator]
-        mean_S, count_S = signals.mean(inner(signals.drift_n.double()), signals.blocks)
-        block_drift_S = outer(mean_S)
-        gate_S = torch.exp(-self.tau * block_drift_S).clamp(min=self.clip_min)
-        gate_n = torch.where(mask_n, gate_S[signals.blocks.index_n], 0.0)
+        mean_G, count_G = signals.mean(inner(signals.drift_n.double()), signals.blocks)
+        block_drift_G = outer(mean_G)
+        gate_G = torch.exp(-self.tau * block_drift_G).clamp(min=self.clip_min)
+        gate_n = torch.where(mask_n, gate_G[signals.blocks.index_n], 0.0)
 
         if self.unit_mean == "global":
             weight_n = mass_n = gate_n
         else:
             everything = Segments(torch.zeros_like(signals.sequences.index_n), 1)
             scopes = signals.sequences if self.unit_mean == "sequence" else everything
-            mean_S, _ = signals.mean(gate_n, scopes)
-            weight_n = torch.where(mask_n, gate_n / mean_S[scopes.index_n], 0.0)
+            mean_G, _ = signals.mean(gate_n, scopes)
+            weight_n = torch.where(mask_n, gate_n / mean_G[scopes.index_n], 0.0)
             mass_n = mask_n.double()
-        return Gated(weight_n.float(), mass_n, gate_n.float(), signals.drift_n, block_drift_S, count_S)
+        return Gated(weight_n.float(), mass_n, gate_n.float(), signals.drift_n, block_drift_G, count_G)

@@ -18,8 +18,8 @@ from torch import Tensor
 class Partition(Protocol):
     """Maps the tokens of one response to block numbers 0, 1, 2, ... in order."""
 
-    def __call__(self, response_T: Tensor) -> Tensor:
-        """response_T: token ids ``[T]`` (int64). Returns non-decreasing block numbers ``[T]`` (int64) from 0."""
+    def __call__(self, response_R: Tensor) -> Tensor:
+        """response_R: token ids ``[R]`` (int64). Returns non-decreasing block numbers ``[R]`` (int64) from 0."""
         ...
 
 
@@ -33,8 +33,8 @@ class FixedBlocks:
         if self.size < 1:
             raise ValueError(f"FixedBlocks.size must be at least 1, got {self.size}")
 
-    def __call__(self, response_T: Tensor) -> Tensor:
-        return torch.arange(len(response_T), device=response_T.device) // self.size
+    def __call__(self, response_R: Tensor) -> Tensor:
+        return torch.arange(len(response_R), device=response_R.device) // self.size
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class NewlineSpans:
         if not self.newline_ids:
             raise ValueError("NewlineSpans.newline_ids is empty: the tokenizer has no token that contains a newline")
 
-    def __call__(self, response_T: Tensor) -> Tensor:
-        is_newline = torch.isin(response_T, torch.tensor(sorted(self.newline_ids), device=response_T.device))
+    def __call__(self, response_R: Tensor) -> Tensor:
+        is_newline = torch.isin(response_R, torch.tensor(sorted(self.newline_ids), device=response_R.device))
         sizes = _span_sizes(is_newline.tolist(), self.min_size, self.max_size)
-        sizes_B = torch.tensor(sizes, dtype=torch.int64, device=response_T.device)
-        return torch.repeat_interleave(torch.arange(len(sizes), device=response_T.device), sizes_B)
+        size_G = torch.tensor(sizes, dtype=torch.int64, device=response_R.device)
+        return torch.repeat_interleave(torch.arange(len(sizes), device=response_R.device), size_G)
 
 
 @dataclass(frozen=True)
 class WholeSequence:
     """One block: the sequence-level gate."""
 
-    def __call__(self, response_T: Tensor) -> Tensor:
-        return torch.zeros(len(response_T), dtype=torch.int64, device=response_T.device)
+    def __call__(self, response_R: Tensor) -> Tensor:
+        return torch.zeros(len(response_R), dtype=torch.int64, device=response_R.device)
 
 
 def token_partition() -> Partition:

@@ -42,10 +42,10 @@ def segment_mean(
     """
     valid_N = mask_N.to(torch.float64)
     values_N = torch.where(mask_N, values_N.to(torch.float64), 0.0)
-    sums_2S = torch.zeros(2, num_segments, dtype=torch.float64, device=values_N.device)
-    sums_2S.index_add_(1, segment_N, torch.stack([values_N, valid_N]))
-    total_S, count_S = reduce(sums_2S)
-    return total_S / count_S.clamp(min=1.0), count_S
+    sums_2G = torch.zeros(2, num_segments, dtype=torch.float64, device=values_N.device)
+    sums_2G.index_add_(1, segment_N, torch.stack([values_N, valid_N]))
+    total_G, count_G = reduce(sums_2G)
+    return total_G / count_G.clamp(min=1.0), count_G
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,13 @@ def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
 
 
 def _checked(partition: Partition, name: str) -> Partition:
-    def blocks(response_T: Tensor) -> Tensor:
-        block_T = partition(response_T)
-        if block_T.shape != response_T.shape or block_T.dtype != torch.int64 or block_T[:1].any():
-            raise ValueError(f"{_PARTITION % name}, one for each of {len(response_T)} tokens")
-        if bool((block_T.diff() < 0).any() | (block_T.diff() > 1).any()):
+    def blocks(response_R: Tensor) -> Tensor:
+        block_R = partition(response_R)
+        if block_R.shape != response_R.shape or block_R.dtype != torch.int64 or block_R[:1].any():
+            raise ValueError(f"{_PARTITION % name}, one for each of {len(response_R)} tokens")
+        if bool((block_R.diff() < 0).any() | (block_R.diff() > 1).any()):
             raise ValueError(f"{_PARTITION % name}, each as large as the one before or one larger")
-        return block_T
+        return block_R
 
     return blocks
 

@@ -215,7 +215,7 @@ class Updater:
                 nonfinite_teacher=nonfinite(teacher.logprobs_n),
                 nonfinite_loss=nonfinite(loss_n),
                 nonfinite_weight=nonfinite(other.weight_n + other.mass_n),
-                **drift_sums(gated, mask_n, batch.block_index_S, MAX_BLOCKS, self.owns_blocks),
+                **drift_sums(gated, mask_n, batch.block_index_G, MAX_BLOCKS, self.owns_blocks),
             )
         return loss_sum, sums
 

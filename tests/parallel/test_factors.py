@@ -54,8 +54,8 @@ class Infinite:
 
 def calm_sequences(signals: Signals) -> Factor:
     """Sequences whose mean drift is positive weigh more; those that drift far are dropped."""
-    mean_S, _ = signals.mean(signals.drift_n, signals.sequences)
-    mean_n = mean_S[signals.sequences.index_n]
+    mean_G, _ = signals.mean(signals.drift_n, signals.sequences)
+    mean_n = mean_G[signals.sequences.index_n]
     return product([plain(mean_n.exp()), drop(mean_n.abs() < 3.0)], signals.mask_n)
 
 

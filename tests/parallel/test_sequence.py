@@ -59,7 +59,7 @@ def tokens(partition: Partition) -> dict[str, Any]:
         "num_blocks": sum(len(index) for index in indices),
         "sequence_N": torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[index_N],
         "num_sequences": len(LENGTHS),
-        "block_index_S": torch.cat(indices),
+        "block_index_G": torch.cat(indices),
     }
 
 
@@ -89,17 +89,17 @@ def shard_errors(
         mine = gated(gate, part, reduce=reduce)
 
         drift_N = whole.drift_n.chunk(shards)[rank]
-        sums = NamedSums(drift_sums(mine, part["mask_N"], batch["block_index_S"], ROWS, owns_blocks=rank == 0))
+        sums = NamedSums(drift_sums(mine, part["mask_N"], batch["block_index_G"], ROWS, owns_blocks=rank == 0))
         summed = sums.over(reduce)
-        whole_sums = drift_sums(whole, batch["mask_N"], batch["block_index_S"], ROWS, owns_blocks=True)
+        whole_sums = drift_sums(whole, batch["mask_N"], batch["block_index_G"], ROWS, owns_blocks=True)
         pairs = {
             # Weights are float32 of a float64 sum: the last bit may round the other way.
             "weight": ((mine.weight_n - whole.weight_n.chunk(shards)[rank]).abs(), 2e-7),
             "gate": ((mine.gate_n - whole.gate_n.chunk(shards)[rank]).abs(), 2e-7),
             "drift": ((mine.drift_n - drift_N).abs(), 0.0),
             "mass": ((reduce(mine.mass.clone()) - whole.mass).abs(), 1e-12),
-            "block_drift": ((mine.block_drift_S - whole.block_drift_S).abs(), 1e-12),
-            "block_count": ((mine.block_count_S - whole.block_count_S).abs(), 0.0),
+            "block_drift": ((mine.block_drift_G - whole.block_drift_G).abs(), 1e-12),
+            "block_count": ((mine.block_count_G - whole.block_count_G).abs(), 0.0),
             **{f"sum of {sum_}": ((summed[sum_] - values).abs(), 1e-5) for sum_, values in whole_sums.items()},
         }
         for field, (error, tolerance) in pairs.items():

@@ -51,7 +51,7 @@ def test_two_sequences_by_hand() -> None:
     assert batch.sampled_N.tolist() == [3, 4, 5, 7, 8, 1, 2]
     assert batch.sequence_N.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert batch.block_N.tolist() == [0, 0, 1, 2, 3, 3, 4]
-    assert batch.block_index_S.tolist() == [0, 1, 0, 1, 2]
+    assert batch.block_index_G.tolist() == [0, 1, 0, 1, 2]
     assert (batch.num_sequences, batch.num_blocks) == (2, 5)
     assert batch.mask_N.all()
     assert batch.old_logprobs_N is None
@@ -121,7 +121,7 @@ def test_no_trajectories_give_a_batch_that_counts_nothing(multiple: int) -> None
     assert len(batch.position_N) == multiple
     assert not batch.mask_N.any()
     assert bool((batch.position_N < batch.input_ids_BS.numel()).all())
-    assert (batch.num_blocks, len(batch.block_index_S)) == (1, 1)
+    assert (batch.num_blocks, len(batch.block_index_G)) == (1, 1)
     assert bool((batch.block_N < batch.num_blocks).all())
     assert bool((batch.sequence_N < batch.num_sequences).all())
 

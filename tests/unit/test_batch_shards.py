@@ -91,7 +91,7 @@ def test_the_shards_together_are_the_batch(size: int, packed: bool, length_multi
     for part in parts:
         assert (part.num_tokens, part.num_blocks, part.num_sequences) == (56, whole.num_blocks, 5)
         assert part.num_counted == int(whole.mask_N.sum()) < part.num_tokens
-        assert torch.equal(part.block_index_S, whole.block_index_S)
+        assert torch.equal(part.block_index_G, whole.block_index_G)
         assert part.input_ids_BS.shape == parts[0].input_ids_BS.shape
         assert part.input_ids_BS.shape[1] % length_multiple == 0
         assert len(part.position_N) % length_multiple == 0

@@ -113,11 +113,11 @@ def test_sums_add_up_over_micro_batches(batch: Batch, size: int) -> None:
 def test_only_the_owner_counts_blocks(batch: Batch) -> None:
     """Two ranks hold half the tokens each, and complete block means both; together they report each block once."""
     whole = batch.gate(Gate())
-    index_S = block_index(batch)
+    index_G = block_index(batch)
     half_N = torch.arange(len(batch.mask_N)) < len(batch.mask_N) // 2
     shards = [
-        NamedSums(drift_sums(whole, batch.mask_N & half_N, index_S, ROWS, owns_blocks=True)),
-        NamedSums(drift_sums(whole, batch.mask_N & ~half_N, index_S, ROWS, owns_blocks=False)),
+        NamedSums(drift_sums(whole, batch.mask_N & half_N, index_G, ROWS, owns_blocks=True)),
+        NamedSums(drift_sums(whole, batch.mask_N & ~half_N, index_G, ROWS, owns_blocks=False)),
     ]
     assert_same_sums(total(shards), sums_of(batch, Gate()))
 

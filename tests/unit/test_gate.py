@@ -41,8 +41,8 @@ def test_by_hand() -> None:
     assert gated.gate_n.tolist() == pytest.approx(expected, rel=1e-6)
     assert gated.weight_n.tolist() == pytest.approx(expected, rel=1e-6)
     assert float(gated.mass) == pytest.approx(sum(expected), rel=1e-12)
-    assert gated.block_drift_S.tolist() == [0.5, 1.0, 0.0, 0.25]
-    assert gated.block_count_S.tolist() == [2, 1, 2, 1]
+    assert gated.block_drift_G.tolist() == [0.5, 1.0, 0.0, 0.25]
+    assert gated.block_count_G.tolist() == [2, 1, 2, 1]
     assert gated.drift_n.tolist() == [0.0, 1.0, -1.0, 3.0, -3.0, 0.25]
 
 
@@ -50,19 +50,19 @@ def test_masked_tokens_keep_their_place_but_leave_the_mean() -> None:
     """Blocks of 3 with a hole in each: the hole does not move later tokens into earlier blocks."""
     batch = batch_of([1.0, 9.0, 3.0, 9.0, 5.0, 7.0], [6], block_size=3, mask=[True, False, True, False, True, True])
     gated = batch.gate(Gate(tau=0.1))
-    assert gated.block_drift_S.tolist() == [2.0, 6.0]
-    assert gated.block_count_S.tolist() == [2, 2]
+    assert gated.block_drift_G.tolist() == [2.0, 6.0]
+    assert gated.block_count_G.tolist() == [2, 2]
     assert gated.weight_n[torch.tensor([1, 3])].tolist() == [0.0, 0.0]
 
 
 def test_the_tail_block_has_its_own_mean() -> None:
     gated = batch_of([1.0, 1.0, 1.0, 4.0], [4], block_size=3).gate(Gate())
-    assert gated.block_drift_S.tolist() == [1.0, 4.0]
+    assert gated.block_drift_G.tolist() == [1.0, 4.0]
 
 
 def test_one_block_per_sequence_is_the_sequence_gate() -> None:
     gated = batch_of([1.0, 3.0, -2.0], [2, 1], block_size=100).gate(Gate())
-    assert gated.block_drift_S.tolist() == [2.0, 2.0]
+    assert gated.block_drift_G.tolist() == [2.0, 2.0]
 
 
 @given(batches(), gates)
@@ -116,7 +116,7 @@ def test_masked_tokens_may_hold_anything(batch: Batch, gate: Gate, junk: float) 
     clean = batch.gate(gate)
     for name in ("logprobs_N", "old_logprobs_N"):
         dirty = batch.gate(gate, **{name: torch.where(batch.mask_N, getattr(batch, name), junk)})
-        for field in ("weight_n", "mass_n", "gate_n", "drift_n", "block_drift_S", "block_count_S"):
+        for field in ("weight_n", "mass_n", "gate_n", "drift_n", "block_drift_G", "block_count_G"):
             assert torch.equal(getattr(dirty, field), getattr(clean, field)), field
 
 
@@ -142,7 +142,7 @@ def test_padding_touches_nothing(batch: Batch, gate: Gate, padding: int, junk: f
     assert not padded.weight_n[-padding:].any()
     # A longer tensor is summed in another order: float64's last bit.
     assert float(padded.mass) == pytest.approx(float(clean.mass), rel=1e-14)
-    assert torch.equal(padded.block_drift_S, clean.block_drift_S)
+    assert torch.equal(padded.block_drift_G, clean.block_drift_G)
 
 
 @given(batches(min_sequences=2), measured_gates, grid(-3, 3))
@@ -207,7 +207,7 @@ def test_only_the_signed_mean_cancels(aggregator: str) -> None:
         "rms": 1.5,
         "k3": (math.exp(1.5) - 2.5 + math.exp(-1.5) + 0.5) / 2,
     }
-    assert float(gated.block_drift_S) == pytest.approx(expected[aggregator], abs=1e-12)
+    assert float(gated.block_drift_G) == pytest.approx(expected[aggregator], abs=1e-12)
 
 
 @given(batches(), st.sampled_from(sorted(AGGREGATORS)), st.sampled_from([0.1, 0.5, 1.0]))
@@ -222,7 +222,7 @@ def test_gates_lie_in_the_unit_interval(batch: Batch, gate: Gate) -> None:
     gated = batch.gate(gate)
     gate_N = gated.gate_n
     # exp(-88) is about the smallest normal float32.
-    representable_N = batch.mask_N & (gate.tau * gated.block_drift_S[batch.block_N] < 87)
+    representable_N = batch.mask_N & (gate.tau * gated.block_drift_G[batch.block_N] < 87)
     assert bool((gate_N[representable_N] > 0).all())
     assert bool((gate_N <= 1).all())
     assert not gate_N[~batch.mask_N].any()
@@ -268,14 +268,14 @@ def test_bfloat16_log_probs_are_subtracted_in_float32(batch: Batch) -> None:
 
 
 def test_segment_mean() -> None:
-    mean_S, count_S = segment_mean(
+    mean_G, count_G = segment_mean(
         torch.tensor([1.0, 3.0, math.nan, 5.0]),
         torch.tensor([0, 0, 0, 2]),
         3,
         torch.tensor([True, True, False, True]),
     )
-    assert mean_S.tolist() == [2.0, 0.0, 5.0]
-    assert count_S.tolist() == [2.0, 0.0, 1.0]
+    assert mean_G.tolist() == [2.0, 0.0, 5.0]
+    assert count_G.tolist() == [2.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(

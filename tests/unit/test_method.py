@@ -14,12 +14,7 @@ from megatron_bpdg.controllers.factor import Factor, plain
 from megatron_bpdg.drift import Gate, Signals
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.training.fits import check_objective
-from megatron_bpdg.training.method import (
-    build_factors,
-    build_gate,
-    build_objective,
-    build_partition,
-)
+from megatron_bpdg.training.method import build_factors, build_gate, build_objective, build_partition
 
 
 def config(**changes: Any) -> RunConfig:
@@ -66,8 +61,8 @@ class Whole:
 
 
 class Parity:
-    def __call__(self, response_T: Tensor) -> Tensor:
-        return response_T % 2
+    def __call__(self, response_R: Tensor) -> Tensor:
+        return response_R % 2
 
 
 def test_factors_are_told_apart_by_stage() -> None:
