@@ -3,7 +3,7 @@
 Megatron-Core asks `torch.cuda` for the current device, its RNG state and a synchronisation point, creates small buffers
 with ``device="cuda"`` or in pinned memory, and checks dtypes by their CUDA type names. `enable_cpu_platform` points
 each of those at the CPU. For experts it exchanges unequal parts, with split sizes that only a copy from the GPU would
-turn into numbers: three collectives learn what NCCL does and gloo does not. Nothing in Megatron-Core itself is
+turn into numbers: three collectives learn what NCCL does and gloo does not. Nothing of Megatron-Core that computes is
 replaced, so the arithmetic, the schedules and the collectives (over gloo) are the ones that run on GPUs.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -192,6 +193,10 @@ def enable_cpu_platform() -> None:
 
     patch(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     patch(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # Its writer reports to the caller through a process of its own, as one that writes in the background must. On a CPU
+    # a checkpoint is written in the foreground, and starting that process takes seconds on every rank.
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    patch(writer, "_results_queue", queue.Queue())
 
 
 def disable_cpu_platform() -> None:

@@ -23,11 +23,13 @@ from megatron_bpdg.parallel.platform import (
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is for machines without CUDA")
 
 RANDOM = "megatron.core.tensor_parallel.random"
+WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 PATCHED = {
     # Supported Megatron-Core versions and what the platform replaces for them.
     ("0.16", "0.17", "0.18", "0.19"): [
         "Tensor.cuda",
         "Tensor.type",
+        f"{WRITER}._results_queue",
         f"{RANDOM}._get_cuda_rng_state",
         f"{RANDOM}._set_cuda_rng_state",
         "torch.arange",
@@ -95,7 +97,8 @@ def test_disable_restores_everything() -> None:
 
 
 def test_nothing_outside_the_list_is_touched() -> None:
-    modules: tuple[Any, ...] = (torch, torch.cuda, torch.Tensor, importlib.import_module(RANDOM), torch.distributed)
+    megatron = map(importlib.import_module, (RANDOM, WRITER))
+    modules: tuple[Any, ...] = (torch, torch.cuda, torch.Tensor, torch.distributed, *megatron)
     before = [{name: getattr(module, name, None) for name in dir(module)} for module in modules]
     enable_cpu_platform()
     changed = {
