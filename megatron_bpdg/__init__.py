@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_bpdg.controllers.factor import Live, Prepared, product
+    from megatron_bpdg.controllers.factor import Live, Prepared, plain, product
     from megatron_bpdg.drift import (
         Factor,
         FixedBlocks,
@@ -49,6 +49,7 @@ __all__ = [
     "forward_kl",
     "jsd",
     "local_support_loss",
+    "plain",
     "product",
     "reverse_kl",
     "sampled_token_loss",
