@@ -17,8 +17,8 @@ HEAD = """# Configuration
 Made from the schema by `tools/configuration_page.py`; a test fails where it is not up to date. `bpdg schema` prints the
 same for editors, and `docs/concepts.md` says what is computed.
 
-A run is one YAML file. Unknown keys are errors. `section.field=value` behind `bpdg train FILE` overrides a field, with a
-YAML value. Relative paths start at the working directory. "required" stands where there is no default.
+A run is one YAML file. Unknown keys are errors. `section.field=value` behind `bpdg train FILE` overrides a field; the
+value is YAML. Relative paths start at the working directory. "required" stands where there is no default.
 """
 # What needs no words in the schema.
 PLAIN = {

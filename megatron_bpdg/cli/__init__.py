@@ -10,8 +10,23 @@ import sys
 
 # What the extra brings, by import name.
 TRAIN = frozenset(
-    "aiohttp jinja2 math_verify matplotlib megatron packaging psutil pyarrow pydantic rich safetensors tensorboard "
-    "transformers typer yaml".split()
+    [
+        "aiohttp",
+        "jinja2",
+        "math_verify",
+        "matplotlib",
+        "megatron",
+        "packaging",
+        "psutil",
+        "pyarrow",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "transformers",
+        "typer",
+        "yaml",
+    ]
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,34 +12,32 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-# A path in backticks is one of the repository where it starts with one of these, or with a room of the package.
+# What a path in backticks starts with when it is one of the repository; modules may start with their room, too.
 TOP = ("docs/", "examples/", "scripts/", "tools/", "tests/", "benchmarks/", "megatron_bpdg/")
 ROOMS = tuple(f"{path.name}/" for path in (ROOT / "megatron_bpdg").iterdir() if (path / "__init__.py").is_file())
 
 
 def missing(text: str, page: Path) -> list[str]:
     """What a page names and the repository does not have."""
-    absent = []
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if "://" not in link and not (page.parent / link).exists():
-            absent.append(f"link {link}")
-    for name in re.findall(r"(?<![\w/-])megatron_bpdg(?:\.\w+)+", text):
-        if not importable(name):
-            absent.append(name)
-    for quoted in re.findall(r"`([\w./-]+)`", text):
-        base = ROOT if quoted.startswith(TOP) else ROOT / "megatron_bpdg" if quoted.startswith(ROOMS) else None
-        if base is not None and not (base / quoted).exists():
-            absent.append(f"`{quoted}`")
-    return absent
+    links = [x for x in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if page.suffix == ".md" and "://" not in x]
+    names = re.findall(r"(?<![\w/-])megatron_bpdg(?:\.\w+)+", text)
+    quoted = re.findall(r"`([\w./-]+)`", text)
+    # A metric has a room's name before the slash as well, but no ending.
+    modules = [x for x in quoted if x.startswith(ROOMS) and x.endswith((".py", "/"))]
+    return [
+        *(link for link in links if not (page.parent / link).exists()),
+        *(name for name in names if not resolves(name)),
+        *(path for path in quoted if path.startswith(TOP) and not (ROOT / path).exists()),
+        *(path for path in modules if not (ROOT / "megatron_bpdg" / path).exists()),
+    ]
 
 
-def importable(name: str) -> bool:
+def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or something in one."""
-    module, _, last = name.rpartition(".")
     try:
-        importlib.import_module(name)
-    except ModuleNotFoundError:
-        return bool(module) and "." in module and hasattr(importlib.import_module(module), last)
+        pkgutil.resolve_name(name)
+    except (ModuleNotFoundError, AttributeError):
+        return False
     return True
 
 
