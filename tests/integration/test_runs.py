@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_bpdg.cli import app
+from megatron_bpdg.cli.app import app
 from megatron_bpdg.evaluation.pass_at_k import pass_at_k
 from megatron_bpdg.training.loop import distill
 from tests.integration.miniature import VOCAB, Miniature, metrics, read_lines, weights

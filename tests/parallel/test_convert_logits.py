@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_bpdg.checkpoint.convert import hf_to_megatron
-from megatron_bpdg.cli import app
+from megatron_bpdg.cli.app import app
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.evaluation.logits import compare_logits
 from tests.checkpoint_fixtures import save_tiny

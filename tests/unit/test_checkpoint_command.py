@@ -19,7 +19,7 @@ from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import LM_HEAD
 from megatron_bpdg.checkpoint.source import Cast, is_exact
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_bpdg.cli import app
+from megatron_bpdg.cli.app import app
 from tests.checkpoint_fixtures import save_tiny
 from tests.dist_fixture import DistLayout, save_dist
 from tests.legacy_fixture import LegacyLayout, save_legacy
