@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
+from megatron_bpdg.data.batch import Item, up_to
 from megatron_bpdg.parallel.together import on_first
 from megatron_bpdg.tracking.files import fsync_path
 
@@ -25,8 +25,6 @@ SIDECAR_PATTERNS = (
     "chat_template*",
 )
 _LOCK = ".lock"
-
-Item = TypeVar("Item")
 
 
 def check_free(destination: Path, *, overwrite: bool) -> None:
@@ -105,15 +103,7 @@ def in_files(items: Sequence[Item], sizes: Sequence[int], max_file_size: int) ->
     """
     if max_file_size < 1:
         raise ValueError(f"max_file_size {max_file_size} must be at least 1 byte")
-    files: list[list[Item]] = [[]]
-    filled = 0
-    for item, size in zip(items, sizes, strict=True):
-        if files[-1] and filled + size > max_file_size:
-            files.append([])
-            filled = 0
-        files[-1].append(item)
-        filled += size
-    return files
+    return list(up_to(items, sizes, max_file_size)) or [[]]
 
 
 def publish_directory(staging: Path, destination: Path) -> None:

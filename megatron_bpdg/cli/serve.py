@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from megatron_bpdg.cli.common import console
 from megatron_bpdg.serving.sglang.role import Device, Role
@@ -40,23 +42,31 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a checkpoint with SGLang until Ctrl-C or SIGTERM; see docs/sglang.md."""
-    from megatron_bpdg.serving.command import serve as run_server
+    from megatron_bpdg.serving.command import serve as serve_in_foreground
+    from megatron_bpdg.serving.http.client import api_key
+    from megatron_bpdg.serving.http.process import signals_interrupt
+    from megatron_bpdg.serving.sglang.launch import as_hf, default_device, find_python, server_command
 
-    run_server(
-        role,
-        checkpoint,
-        python=python,
-        export=export,
-        device=device,
-        host=host,
-        port=port,
-        tp=tp,
-        dtype=dtype,
-        context_length=context_length,
-        log=log,
-        deadline_s=deadline,
-        dry_run=dry_run,
-        api_key_env=api_key_env,
-        extra=flags or [],
-        console=console,
-    )
+    interpreter = find_python(python)
+    key = api_key(api_key_env, "--api-key-env")
+    with signals_interrupt():
+        command = server_command(
+            as_hf(checkpoint, export, console),
+            role,
+            python=interpreter,
+            device=device or default_device(),
+            host=host,
+            port=port,
+            tp=tp,
+            dtype=dtype,
+            context_length=context_length,
+            extra=[*(flags or []), *(["--api-key", key] if key else [])],
+        )
+        if dry_run:
+            print(command)
+            return
+        console.print(escape(str(command)), soft_wrap=True, highlight=False)
+        try:
+            serve_in_foreground(command, log or Path(f"serve-{role}-{port}.log"), deadline, console)
+        except KeyboardInterrupt as interrupt:
+            console.print(f"stopped by {str(interrupt) or signal.SIGINT.name}")

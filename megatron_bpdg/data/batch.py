@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.parallel.sequence import pad_to_multiple, zigzag
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,20 @@ def _padded_lengths(lengths: Sequence[int], length_multiple: int, packed: bool, 
     padded = [length + -length % chunks for length in lengths]
     padded[-1] += -sum(padded) % multiple  # one filler at the end of the row serves all
     return padded
+
+
+def up_to(items: Iterable[Item], sizes: Iterable[int], limit: int) -> Iterator[list[Item]]:
+    """Consecutive items whose sizes come to at most `limit` together; a larger one by itself."""
+    held: list[Item] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if held and total + size > limit:
+            yield held
+            held, total = [], 0
+        held.append(item)
+        total += size
+    if held:
+        yield held
 
 
 def by_tokens(trajectories: Sequence[Trajectory], budget: int) -> list[list[Trajectory]]:

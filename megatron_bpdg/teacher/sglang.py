@@ -7,7 +7,7 @@ requests, `score` waits for them. What comes back per response token is K ids an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bpdg.config.schema import Servers, Teacher
+from megatron_bpdg.data.batch import up_to
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.mesh import Mesh
@@ -100,7 +101,8 @@ class SGLangTeacher:
         if self._background is None:
             return
         mine = [t for t in trajectories if self.mesh.owns(t.index)]
-        for batch in _batches(mine, self.cfg.tokens_per_request):
+        lengths = [len(t.prompt_ids) + len(t.response_ids) for t in mine]
+        for batch in up_to(mine, lengths, self.cfg.tokens_per_request):
             answers = self._background.submit(self._score(batch))
             for position, trajectory in enumerate(batch):
                 self._asked[id(trajectory)] = trajectory, self._background.submit(_item(answers, position))
@@ -231,21 +233,6 @@ async def ask_scores(
 
 async def _item(answers: Future[list[Scored]], position: int) -> Scored:
     return (await asyncio.wrap_future(answers))[position]
-
-
-def _batches(trajectories: Sequence[Trajectory], tokens: int) -> Iterator[list[Trajectory]]:
-    """Consecutive trajectories of at most so many tokens together; a longer one by itself."""
-    batch: list[Trajectory] = []
-    held = 0
-    for trajectory in trajectories:
-        length = len(trajectory.prompt_ids) + len(trajectory.response_ids)
-        if batch and held + length > tokens:
-            yield batch
-            batch, held = [], 0
-        batch.append(trajectory)
-        held += length
-    if batch:
-        yield batch
 
 
 def served_model(servers: Servers, api_key: str | None) -> Path:

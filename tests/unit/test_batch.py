@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bpdg.data.batch import MicroBatch, collate
+from megatron_bpdg.data.batch import MicroBatch, collate, up_to
 from megatron_bpdg.data.trajectory import Trajectory
 
 PAD = 9
@@ -177,3 +177,17 @@ def test_masked_response_tokens_keep_their_place_and_do_not_count() -> None:
     assert batch.block_N.tolist()[:6] == [0, 0, 1, 2, 2, 3]
     with pytest.raises(ValueError, match="3 response tokens but a mask of 2"):
         made([True, False]).check(vocab_size=9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ([], []),
+        ([3, 2, 1, 5], [[3, 2], [1], [5]]),
+        ([9, 1, 4], [[9], [1, 4]]),
+        ([5, 5], [[5], [5]]),
+        ([0, 0], [[0, 0]]),
+    ],
+)
+def test_consecutive_items_up_to_a_limit(sizes: list[int], groups: list[list[int]]) -> None:
+    assert list(up_to(sizes, sizes, limit=5)) == groups
