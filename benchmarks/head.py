@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.parallel.world import world
 
 IMPLEMENTATIONS = ("chunked", "fused", "materialised", "torch", "compiled", "megatron", "liger", "products")

@@ -181,7 +181,7 @@ def _run_tiny_model() -> str | None:
     """Forward and backward of a two-layer model; the error where it fails."""
     import torch
 
-    from megatron_bpdg.config.schema import Layout
+    from megatron_bpdg.config.layout import Layout
     from megatron_bpdg.models.qwen3 import ModelShape, build_model
     from megatron_bpdg.parallel.platform import default_device
     from megatron_bpdg.parallel.world import world

@@ -27,7 +27,7 @@ def evaluate(
 ) -> None:
     """pass@k of a checkpoint, with bootstrap intervals over problems, sampled by the embedded engine."""
     quiet_libraries()
-    from megatron_bpdg.config.schema import Sampling
+    from megatron_bpdg.config.rollout import Sampling
     from megatron_bpdg.evaluation.command import evaluate_checkpoint
 
     evaluate_checkpoint(

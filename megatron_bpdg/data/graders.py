@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_bpdg.config.schema import GraderConfig
+from megatron_bpdg.config.data import GraderConfig
 from megatron_bpdg.config.user import UserClass
 
 Grader = Callable[[str, str], bool]

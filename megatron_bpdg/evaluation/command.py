@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.source import iter_checkpoint
-from megatron_bpdg.config.schema import Layout, Sampling
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.graders import grader_named
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, encode_prompts, load_problems, special_ids
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Problem
 from megatron_bpdg.data.sampler import Stream

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.checkpoint.mapping import MappingError
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.qwen3 import build_model
 from megatron_bpdg.models.shape import ModelShape

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.data.batch import MicroBatch, collate
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.qwen3 import HiddenStateGPTModel, ModelShape

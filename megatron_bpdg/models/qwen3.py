@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.models.shape import ModelShape, check_layout, padded_vocab_size
 from megatron_bpdg.models.specs import block_spec, transformer_engine_available
 from megatron_bpdg.parallel.platform import cpu_platform_enabled, default_device

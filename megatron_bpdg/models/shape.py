@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.models.families import FAMILIES, moe_layers
 from megatron_bpdg.models.rope import RopeScaling, rope_scaling
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.together import gather_shares, my_share
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response, RolloutStream

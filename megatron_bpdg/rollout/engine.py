@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.serving.sglang.weights.base import Weights
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from megatron_bpdg.config.schema import Rollout
+from megatron_bpdg.config.rollout import Rollout
 from megatron_bpdg.data.sampler import PromptSampler, Stream
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.rollout.engine import Request, Response, RolloutEngine

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megatron_bpdg.config.schema import Sampling, Servers
+from megatron_bpdg.config.rollout import Sampling
+from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.config.schema import Servers, Teacher
+from megatron_bpdg.config.servers import Servers
+from megatron_bpdg.config.teacher import Teacher
 from megatron_bpdg.data.batch import up_to
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.objectives.objective import TeacherNeeds

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights
-from megatron_bpdg.config.schema import RunConfig, Training
-from megatron_bpdg.config.schema import Teacher as TeacherConfig
+from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.config.teacher import Teacher as TeacherConfig
+from megatron_bpdg.config.training import Training
 from megatron_bpdg.config.weights import GateConfig
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import (

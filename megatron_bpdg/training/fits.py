@@ -11,7 +11,9 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from megatron_bpdg.config.schema import RunConfig, Sampling, Training
+from megatron_bpdg.config.rollout import Sampling
+from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.config.training import Training
 from megatron_bpdg.data.prompts import Prompts
 from megatron_bpdg.models.shape import ModelShape
 from megatron_bpdg.objectives.objective import Objective, TeacherNeeds

@@ -7,7 +7,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_bpdg.config.schema import Layout, Training
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.training import Training
 from megatron_bpdg.models.qwen3 import HiddenStateGPTModel
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps
 from megatron_bpdg.parallel.head import Head, HeadKind
 from megatron_bpdg.parallel.vocab import TokenLayout

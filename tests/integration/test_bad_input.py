@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_bpdg import cli
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.qwen3 import ModelShape, check_layout

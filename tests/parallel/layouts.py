@@ -93,7 +93,8 @@ def run_case(
 ) -> dict[str, Any]:
     """Gradients and statistics of one gated step per objective, then a short training; HF names, full tensors."""
     from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
-    from megatron_bpdg.config.schema import Layout, Training
+    from megatron_bpdg.config.layout import Layout
+    from megatron_bpdg.config.training import Training
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches
     from megatron_bpdg.models.qwen3 import ModelShape, build_model

@@ -52,8 +52,9 @@ def causal_bias(*sizes: int) -> Any:
 def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tuple[int, str]]:
     """The largest tensor of teacher scoring, old log-probs and one update, by head and objective; and the limits."""
     from megatron_bpdg.checkpoint.live import load_weights
+    from megatron_bpdg.config.layout import Layout
     from megatron_bpdg.config.objective import ObjectiveConfig
-    from megatron_bpdg.config.schema import Layout, Training
+    from megatron_bpdg.config.training import Training
     from megatron_bpdg.drift import Gate
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint.live import iter_hf_weights, load_weights
-from megatron_bpdg.config.schema import Layout, Sampling
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.batch import collate
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy

@@ -43,7 +43,7 @@ def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
     """This rank's chunk, every parameter NaN, so that an unfilled one cannot pass for a loaded one."""
     from megatron.core import parallel_state
 
-    from megatron_bpdg.config.schema import Layout
+    from megatron_bpdg.config.layout import Layout
     from megatron_bpdg.models import qwen3
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.parallel.platform import enable_cpu_platform
@@ -141,7 +141,7 @@ def _stages(hf: Path, tp: int, pp: int, virtual: int, ep: int, etp: int) -> list
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from megatron_bpdg.config.schema import Layout
+    from megatron_bpdg.config.layout import Layout
     from megatron_bpdg.models import qwen3
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.specs import RMSNorm, block_spec, torch_layer_spec

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint.live import LiveWeights, load_weights
-from megatron_bpdg.config.schema import Layout, Servers, WeightSync
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.rollout import WeightSync
+from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.models.qwen3 import ModelShape, build_model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpdg.config.schema import Sampling
+from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.rollout.engine import Request, Response, generate
 from megatron_bpdg.rollout.sampling import sample_seed
 from megatron_bpdg.serving.http.pool import ServingError, StaleWeights

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_bpdg.config.schema import Layout, Teacher
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.teacher import Teacher
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks
 from megatron_bpdg.objectives.objective import TeacherNeeds

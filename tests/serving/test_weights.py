@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.config.schema import Layout, WeightSync
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.rollout import WeightSync
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.rollout.probe import given_logprobs

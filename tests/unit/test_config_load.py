@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_bpdg.config import ConfigError, RunConfig, check_paths, dump_config, json_schema, load_config
 from megatron_bpdg.config.objective import SampledToken, TeacherTopK
-from megatron_bpdg.config.schema import Training
+from megatron_bpdg.config.training import Training
 from megatron_bpdg.config.weights import Fixed, Newline
 from megatron_bpdg.config.yaml_text import dump_yaml, parse_yaml
 

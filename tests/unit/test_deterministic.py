@@ -10,7 +10,8 @@ from typing import Literal
 import pytest
 import torch
 
-from megatron_bpdg.config.schema import Layout, Training
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.training import Training
 from megatron_bpdg.models.qwen3 import ModelShape, transformer_config
 from megatron_bpdg.parallel.platform import cpu_platform
 from megatron_bpdg.training.deterministic import VARIABLES, deterministic

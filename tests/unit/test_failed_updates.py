@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 
-from megatron_bpdg.config.schema import Sampling, Servers
+from megatron_bpdg.config.rollout import Sampling
+from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.rollout.engine import Probe, Request, generate
 from megatron_bpdg.rollout.sglang import SGLangEngine

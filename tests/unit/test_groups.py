@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpdg.config.schema import Rollout, Sampling
+from megatron_bpdg.config.rollout import Rollout, Sampling
 from megatron_bpdg.data.sampler import PromptSampler
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.rollout.engine import Finished, Request, Response

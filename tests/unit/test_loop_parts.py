@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bpdg.config.schema import Layout, RunConfig
+from megatron_bpdg.config.layout import Layout
+from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.prompts import Problem, Prompts
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.drift import FixedBlocks

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 from rich.console import Console
 
-from megatron_bpdg.config.schema import Servers
+from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.serving.http import pool as pool_module
 from megatron_bpdg.serving.http import ready
 from megatron_bpdg.serving.http.client import MalformedAnswer, RequestRefused, Server

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_bpdg.checkpoint.mapping import mapping_for
-from megatron_bpdg.config.schema import Layout
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.rope import Yarn
 from megatron_bpdg.models.shape import SIZES, Experts, ModelShape, check_layout, padded_vocab_size

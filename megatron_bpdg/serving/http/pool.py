@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megatron_bpdg.config.schema import Servers
+from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable
 
 Answer = TypeVar("Answer")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from rich.console import Console
 from rich.markup import escape
 
-from megatron_bpdg.config.schema import Servers
+from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.serving.http.client import Server, ServerError
 
 _POLL_S = 1.0

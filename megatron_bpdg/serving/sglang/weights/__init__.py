@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_bpdg.config.schema import WeightSync as WeightSyncConfig
+from megatron_bpdg.config.rollout import WeightSync as WeightSyncConfig
 from megatron_bpdg.serving.sglang.weights.base import WeightSync, WeightSyncError
 from megatron_bpdg.serving.sglang.weights.disk import DiskSync
 from megatron_bpdg.serving.sglang.weights.distributed import DistributedSync
