@@ -90,7 +90,7 @@ def judge(run: Run, other: Run) -> Verdict:
         if k in treated.ks
     ]
     paired = [(row, row.difference) for row in rows if row.difference is not None]
-    others = [name for name in differing(reference.config, treated.config) if name.split(".")[0] != "gate"]
+    others = [name for name in differing(*map(_settings, (reference, treated))) if name.split(".")[0] != "gate"]
     if not paired:
         sentence = (
             f"No answer: {treated.name} and {reference.name} share no benchmark of the same problems and samples."
@@ -123,6 +123,11 @@ def _basis(reference: Run, treated: Run, row: Comparison, others: list[str]) -> 
     )
     more = f" and {len(others) - 6} more settings" if len(others) > 6 else ""
     return f"{text} Besides the gate, the runs differ in {', '.join(others[:6])}{more}." if others else text
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The config with the gate in one place, wherever it was given."""
+    return {**run.config, "gate": run.gate, "weights": run.other_weights}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -16,19 +16,20 @@ def headline(run: Run) -> str:
     objective = (run.config.get("objective") or {}).get("name")
     if objective is None:
         return "Training run"
-    gate = run.config.get("gate")
-    return f"On-policy distillation, {objective} {'with gate over ' + _partition(gate) if gate else 'without gate'}"
+    gate = f"with gate over {_partition(run.gate)}" if run.gate else "without gate"
+    return f"On-policy distillation, {objective} {gate}"
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
     """Labelled values at the top; those the run did not record are left out."""
     cfg = run.config
     layout, training, rollout = (cfg.get(name) or {} for name in ("layout", "training", "rollout"))
-    gate, opd = cfg.get("gate"), cfg.get("kind") == "opd"
+    gate, opd = run.gate, cfg.get("kind") == "opd"
     rest = {key: value for key, value in (gate or {}).items() if key != "partition" and value != 0.0}
     rows = {
         "Objective": _settings(cfg.get("objective") or {}),
         "Gate": f"{_partition(gate)}, {_settings(rest)}" if gate else "none" if opd else "",
+        "Other weights": ", ".join(weight["name"] for weight in run.other_weights),
         "Student": _model(run, "student"),
         "Teacher": _model(run, "teacher"),
         "Training data": (cfg.get("data") or {}).get("train"),

@@ -16,6 +16,8 @@ from megatron_bpdg.tracking.metrics import DRIFT_FILE, read_jsonl, read_metrics
 
 CONFIG_FILE = "config.yaml"
 SAMPLES_FILE = "samples.jsonl"
+# Its name among the weights.
+_GATE = "drift_gate"
 Floats = NDArray[np.float64]
 
 
@@ -39,10 +41,21 @@ class Run:
         return steps, values
 
     @property
+    def gate(self) -> dict[str, Any] | None:
+        """Settings of the gate, given by itself or among the weights; None without one."""
+        listed = (weight for weight in self.config.get("weights") or [] if weight["name"] == _GATE)
+        gate = next(listed, self.config.get("gate"))
+        return gate and {name: value for name, value in gate.items() if name != "name"}
+
+    @property
+    def other_weights(self) -> list[dict[str, Any]]:
+        """Settings of the weights that are no gate."""
+        return [weight for weight in self.config.get("weights") or [] if weight["name"] != _GATE]
+
+    @property
     def gated(self) -> bool:
         """Whether a gate can change the loss: tau = 0 makes it a constant."""
-        gate = self.config.get("gate")
-        return gate is not None and gate.get("tau") != 0
+        return self.gate is not None and self.gate.get("tau") != 0
 
     def names(self, prefix: str = "") -> list[str]:
         """Logged metric names with this prefix, sorted."""

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.report.compare import before_and_after, comparison, difference, differing, judge, points
+from megatron_bpdg.report.facts import headline, run_facts
 from megatron_bpdg.report.run import Run
 
 
@@ -90,6 +91,19 @@ def test_the_verdict_can_be_divided() -> None:
 def test_a_gate_that_does_nothing_is_none() -> None:
     off, gated = final("off", [1], {"gate": {"tau": 0.0}}), final("gated", [2], {"gate": GATE})
     assert judge(gated, off).reference == judge(off, gated).reference == "off"
+
+
+def test_a_gate_among_the_weights_is_the_gate() -> None:
+    gated = final("gated", [2, 1, 2], {"gate": None, "weights": [{"name": "drift_gate", **GATE}]})
+    assert gated.gate == GATE
+    assert "The gate helped" in judge(gated, final("plain", [1, 0, 1], {"gate": None})).sentence
+    assert "Both runs have a gate" in judge(gated, final("short", [1, 0, 1], {"gate": GATE})).sentence
+    both = final("both", [2, 1, 2], {"weights": [{"name": "own:Factor"}, {"name": "drift_gate", **GATE}]})
+    assert judge(both, final("plain", [1, 0, 1], {})).basis.endswith("Besides the gate, the runs differ in weights.")
+    assert dict(run_facts(both))["Other weights"] == "own:Factor"
+    assert headline(final("run", [1], {"objective": {"name": "lsm"}, **both.config})).endswith(
+        "gate over blocks of 64 tokens"
+    )
 
 
 def test_other_differences_are_named_and_take_the_credit_from_the_gate() -> None:
