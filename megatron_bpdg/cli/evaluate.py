@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from megatron_bpdg.cli.common import quiet_libraries
 
@@ -28,18 +29,33 @@ def evaluate(
     """pass@k of a checkpoint, with bootstrap intervals over problems, sampled by the embedded engine."""
     quiet_libraries()
     from megatron_bpdg.config.rollout import Sampling
-    from megatron_bpdg.evaluation.command import evaluate_checkpoint
+    from megatron_bpdg.data.graders import grader_named
+    from megatron_bpdg.evaluation.benchmark import append_eval
+    from megatron_bpdg.evaluation.bootstrap import bootstrap
+    from megatron_bpdg.evaluation.evaluate import evaluate_checkpoint
+    from megatron_bpdg.tracking.tables import summary_table
 
-    evaluate_checkpoint(
+    k = k or sorted({1, samples})
+    if too_large := [value for value in k if not 1 <= value <= samples]:
+        raise ValueError(f"--k {too_large}: must lie in 1..{samples} (--samples)")
+    results = evaluate_checkpoint(
         checkpoint,
         data,
+        grader_named(grader),
+        Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens),
         samples=samples,
-        k=k or sorted({1, samples}),
-        grader_name=grader,
         chat_template=chat_template,
-        sampling=Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens),
         batch_size=batch_size,
         seed=seed,
-        output=output,
         limit=limit,
     )
+    rows = []
+    for result in results:
+        row: dict[str, object] = {"benchmark": result.benchmark, "problems": len(result.problem_ids)}
+        for value in k:
+            score = bootstrap(result.correct, samples, value)
+            row[f"pass@{value} %"] = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+        rows.append({**row, "truncated": result.truncated_fraction, "tokens": result.mean_response_tokens})
+        if output is not None:
+            append_eval(output, result)
+    Console().print(summary_table(rows, title=f"{checkpoint}, {samples} samples per problem, 95 % intervals"))

@@ -1,16 +1,26 @@
-"""pass@k of a sampler on a benchmark."""
+"""pass@k of a sampler, or of a checkpoint, on a benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+from megatron_bpdg.checkpoint.directory import hf_folder
+from megatron_bpdg.checkpoint.source import iter_checkpoint
+from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.graders import Grader
-from megatron_bpdg.data.prompts import Problem
+from megatron_bpdg.data.prompts import BOXED_SUFFIX, Prompts, encode_prompts, load_problems, special_ids
 from megatron_bpdg.data.sampler import Stream
 from megatron_bpdg.evaluation.benchmark import EvalResult
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.parallel.together import gather_shares, my_share
+from megatron_bpdg.parallel.world import world
+from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import Request, RolloutEngine, generate
 from megatron_bpdg.rollout.sampling import sample_seed
 
@@ -27,8 +37,7 @@ def grade_all(responses: Sequence[list[int]], answers: Sequence[str], tokenizer:
 def evaluate(
     engine: RolloutEngine,
     benchmark: str,
-    problems: Sequence[Problem],
-    prompt_ids: Sequence[list[int]],
+    prompts: Prompts,
     tokenizer: Any,
     grader: Grader,
     sampling: Sampling,
@@ -41,8 +50,9 @@ def evaluate(
 
     The random streams do not depend on the step, so that two evaluations of a run differ by their weights alone.
     """
+    problems = prompts.problems
     places = [(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
-    requests = [Request(prompt_ids[p], sample_seed(seed, Stream.EVALUATION, p, s)) for p, s in places]
+    requests = [Request(prompts.ids[p], sample_seed(seed, Stream.EVALUATION, p, s)) for p, s in places]
     responses = generate(engine, requests, sampling)
     answers = [problems[problem].answer for problem, _ in places]
     correct = [0] * len(problems)
@@ -57,3 +67,46 @@ def evaluate(
         truncated_fraction=sum(not response.finished for response in responses) / len(responses),
         mean_response_tokens=sum(len(response.ids) for response in responses) / len(responses),
     )
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    data: Sequence[Path],
+    grader: Grader,
+    sampling: Sampling,
+    *,
+    samples: int,
+    chat_template: bool,
+    batch_size: int,
+    seed: int,
+    limit: int | None = None,
+) -> list[EvalResult]:
+    """`evaluate` of a checkpoint's weights, sampled by the embedded engine, on each file of problems.
+
+    Raises:
+        FileNotFoundError: no checkpoint or data.
+        ValueError: data that does not fit, or no room for a prompt.
+    """
+    folder = hf_folder(checkpoint)
+    config = read_hf_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    eos_id, pad_id = special_ids(tokenizer, f"the tokenizer of {folder}")
+    longest = config.get("max_position_embeddings", 40_960) - sampling.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt in "
+            f"{config['max_position_embeddings']} positions"
+        )
+    dtype = getattr(torch, config["dtype"] or "float32")
+    results = []
+    with world(Layout(), seed):
+        engine = EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=batch_size, dtype=dtype)
+        engine.load_weights(iter_checkpoint(checkpoint), version=0, probe=None)
+        for path in data:
+            problems = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
+            prompts = encode_prompts(problems, tokenizer, chat_template=chat_template, max_prompt_tokens=longest)
+            result = evaluate(
+                engine, path.stem, prompts, tokenizer, grader, sampling, samples=samples, step=0, seed=seed
+            )
+            results.append(result)
+    return results

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import torch
-
 from megatron_bpdg.rollout.engine import Probe
 from megatron_bpdg.serving.http.client import Server, ServerError, ServerUnavailable
-from megatron_bpdg.serving.sglang.answers import read_scored
+from megatron_bpdg.serving.sglang.answers import ask_scores
 
 _TIMEOUT_S = 60.0
 
@@ -24,7 +22,9 @@ async def check_probe(
     async def check(url: str) -> None:
         async with Server(url, _TIMEOUT_S, api_key) as server:
             try:
-                difference = (await given_logprobs(server, probe.ids, vocab_size) - probe.logprobs_T).abs()
+                texts = [(probe.ids[:1], probe.ids[1:])]
+                (scored,) = await ask_scores(server, texts, top_k=0, vocab_size=vocab_size)
+                difference = (scored.logprobs_R - probe.logprobs_T).abs()
             except ServerUnavailable as error:
                 unanswered[url] = f"no answer to the probe text: {error}"
                 return
@@ -49,16 +49,3 @@ async def weights_are(url: str, version: str, api_key: str | None) -> bool:
             return await server.weight_version() == version
         except ServerError:
             return False
-
-
-async def given_logprobs(server: Server, ids: list[int], vocab_size: int) -> torch.Tensor:
-    """Log-probs of all but the first id at temperature 1, float32."""
-    body = {
-        "input_ids": [ids],
-        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-    }
-    content = await server.post_raw("/generate", body)
-    (scored,) = read_scored(content, [ids[1:]], top_k=0, vocab_size=vocab_size, where=f"{server.url}/generate")
-    return scored.logprobs_R

@@ -27,7 +27,7 @@ from megatron_bpdg.parallel.together import everyone, on_first, wait_together
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 from megatron_bpdg.serving.http.pool import ServerPool, ServingError
-from megatron_bpdg.serving.sglang.answers import Scored, read_scored
+from megatron_bpdg.serving.sglang.answers import Scored, ask_scores
 from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
 
 # Tokens of the text by which a teacher's servers are told apart, and how far right answers to it may be apart.
@@ -205,31 +205,6 @@ class SGLangTeacher:
 
     def _distance(self, scored: Scored) -> float:
         return float((scored.logprobs_R - self._fingerprint_T).abs().mean())
-
-
-async def ask_scores(
-    server: Server, texts: Sequence[tuple[list[int], list[int]]], *, top_k: int, vocab_size: int
-) -> list[Scored]:
-    """Scores of the second parts of texts given the first, in one request.
-
-    Raises:
-        ServerError: see `Server.post`; MalformedAnswer where a length differs from what was sent.
-    """
-    body = {
-        "input_ids": [given + scored for given, scored in texts],
-        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-        "return_logprob": True,
-        "logprob_start_len": [len(given) - 1 for given, _ in texts],
-    }
-    if top_k:
-        body |= {
-            "top_logprobs_num": top_k,
-            "return_flat_raw_top_logprobs": True,
-            "return_flat_raw_top_logprobs_b64": True,
-        }
-    content = await server.post_raw("/generate", body)
-    scored = [ids for _, ids in texts]
-    return read_scored(content, scored, top_k=top_k, vocab_size=vocab_size, where=f"{server.url}/generate")
 
 
 async def _item(answers: Future[list[Scored]], position: int) -> Scored:

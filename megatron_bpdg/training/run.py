@@ -91,8 +91,7 @@ class Run:
             evaluate(
                 self.engine,
                 name,
-                prompts.problems,
-                prompts.ids,
+                prompts,
                 self.tokenizer,
                 self.grader,
                 self.cfg.evaluation.sampling,

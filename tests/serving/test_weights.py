@@ -16,8 +16,8 @@ from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.rollout import WeightSync
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.objectives.objective import TeacherNeeds
-from megatron_bpdg.rollout.probe import given_logprobs
 from megatron_bpdg.serving.http.client import Server
+from megatron_bpdg.serving.sglang.answers import ask_scores
 from megatron_bpdg.serving.sglang.weights import WeightSyncError, build_weight_sync
 from megatron_bpdg.serving.sglang.weights.base import Weights
 from megatron_bpdg.teacher.scoring import score
@@ -34,7 +34,8 @@ def served(url: str) -> tuple[Tensor, str]:
 
     async def ask() -> tuple[Tensor, str]:
         async with Server(url, 600.0) as server:
-            return await given_logprobs(server, TEXT, VOCAB), await server.weight_version()
+            (scored,) = await ask_scores(server, [(TEXT[:1], TEXT[1:])], top_k=0, vocab_size=VOCAB)
+            return scored.logprobs_R, await server.weight_version()
 
     return asyncio.run(ask())
 

@@ -133,7 +133,7 @@ def test_doctor(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_eval(work: Path, tmp_path: Path) -> None:
     """The same answers from the HF directory and from every form, not those of the older step."""
-    from megatron_bpdg.evaluation.command import evaluate_checkpoint
+    from megatron_bpdg.evaluation.evaluate import evaluate_checkpoint
 
     (tmp_path / "data.jsonl").write_text(json.dumps({"id": "sum", "prompt": "1+1=", "answer": "2"}) + "\n")
 
@@ -141,14 +141,12 @@ def test_eval(work: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(
             checkpoint,
             [tmp_path / "data.jsonl"],
+            remember,
+            Sampling(max_new_tokens=4),
             samples=4,
-            k=[1],
-            grader_name="tests.unit.test_checkpoint_directory:remember",
             chat_template=False,
-            sampling=Sampling(max_new_tokens=4),
             batch_size=2,
             seed=0,
-            output=None,
         )
 
     answers = []

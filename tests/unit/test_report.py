@@ -1,5 +1,4 @@
 import html
-import io
 import json
 import math
 import re
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from typer.testing import CliRunner
 
-from megatron_bpdg.report.command import report
+from megatron_bpdg.cli.app import app
 from megatron_bpdg.report.heatmap import drift_matrix
 from megatron_bpdg.report.page import choose_samples, render, write_report
 from megatron_bpdg.report.plots import Panel, block_index_figure, panel_figure, running_mean
@@ -258,9 +257,10 @@ def test_every_number_of_the_page(hand_runs: tuple[Path, Path]) -> None:
 
 
 def test_every_number_of_the_terminal(hand_runs: tuple[Path, Path]) -> None:
-    stream = io.StringIO()
-    assert report(hand_runs[1], [hand_runs[0]], Console(file=stream, width=200)) == hand_runs[1] / "report.html"
-    text = " ".join(stream.getvalue().replace("│", " ").split())
+    arguments = ["report", str(hand_runs[1]), "--compare", str(hand_runs[0])]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert (hand_runs[1] / "report.html").is_file()
+    text = " ".join(result.stdout.replace("│", " ").split())
     for name in ("with", "without"):
         for k in (1, 2):
             value, change = (part.split(" [")[0] for part in HAND_ROWS[name][k - 1].split("] ", 1))

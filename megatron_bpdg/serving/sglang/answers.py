@@ -1,4 +1,4 @@
-"""SGLang's answers to `/generate`, checked and made into tensors.
+"""SGLang's answers to `/generate`, checked and made into tensors; `ask_scores` asks for those about given text.
 
 The server's log-probs of *sampled* tokens are over the full vocabulary at the sampling temperature; top-p and top-k do
 not change them. Those of *given* tokens (a prompt, or a response to be scored) are at temperature 1, always.
@@ -17,7 +17,7 @@ import torch
 from pydantic import AliasPath, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from megatron_bpdg.serving.http.client import MalformedAnswer, ServerError
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
 
 
 class CutShort(ServerError):
@@ -137,6 +137,31 @@ def read_generated(content: bytes, *, prompt: int, max_new_tokens: int, vocab_si
         ):
             raise ValueError(f"weight_versions {spans} do not cover the {len(ids)} tokens")
     return Generated(ids, logprobs_R, finish, spans, answer.version)
+
+
+async def ask_scores(
+    server: Server, texts: Sequence[tuple[list[int], list[int]]], *, top_k: int, vocab_size: int
+) -> list[Scored]:
+    """Scores of the second parts of texts given the first, in one request.
+
+    Raises:
+        ServerError: see `Server.post`; MalformedAnswer where a length differs from what was sent.
+    """
+    body = {
+        "input_ids": [given + scored for given, scored in texts],
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": [len(given) - 1 for given, _ in texts],
+    }
+    if top_k:
+        body |= {
+            "top_logprobs_num": top_k,
+            "return_flat_raw_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
+    content = await server.post_raw("/generate", body)
+    scored = [ids for _, ids in texts]
+    return read_scored(content, scored, top_k=top_k, vocab_size=vocab_size, where=f"{server.url}/generate")
 
 
 def read_scored(content: bytes, texts: Sequence[list[int]], *, top_k: int, vocab_size: int, where: str) -> list[Scored]:
