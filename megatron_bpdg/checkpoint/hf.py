@@ -75,7 +75,8 @@ class HFCheckpoint:
         elif (self.path / SINGLE_FILE).is_file():
             files = [SINGLE_FILE]
         else:
-            hint = "; convert the .bin weights with transformers' save_pretrained first" if self._has_bin() else ""
+            bins = any(self.path.glob("*.bin"))
+            hint = "; convert the .bin weights with transformers' save_pretrained first" if bins else ""
             raise FileNotFoundError(f"{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}{hint}")
         self.files = [self.path / file for file in files]
         located: dict[str, Any] = {}
@@ -92,9 +93,6 @@ class HFCheckpoint:
         if problems:
             raise MappingError(f"{self.path}: index and shards disagree\n  " + "\n  ".join(problems))
         return located
-
-    def _has_bin(self) -> bool:
-        return any(self.path.glob("*.bin"))
 
     @property
     def names(self) -> list[str]:

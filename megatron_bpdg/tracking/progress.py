@@ -31,7 +31,6 @@ class TrainingProgress:
         total_steps: steps the bar ends at.
         description: shown first, e.g. the run's name.
         start_step: steps done before this process started (resume); they do not enter the rate.
-        enabled: False on every rank but one; nothing is written then.
         line_interval_s: seconds between lines where there is no TTY.
         console: where to write; standard error by default, so that piped output stays clean.
     """
@@ -42,19 +41,17 @@ class TrainingProgress:
         description: str,
         *,
         start_step: int = 0,
-        enabled: bool = True,
         line_interval_s: float = 10.0,
         console: Console | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.description = description
         self.start_step = start_step
-        self.enabled = enabled
         self.line_interval_s = line_interval_s
         self.console = console or Console(stderr=True)
         self._started = time.monotonic()
         self._last_line = -float("inf")
-        self._live = enabled and self.console.is_terminal
+        self._live = self.console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -69,8 +66,6 @@ class TrainingProgress:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Report that `step` of `total_steps` is done, with metrics to show beside the bar."""
-        if not self.enabled:
-            return
         rate, eta = self._pace(step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         if self._live:
@@ -86,14 +81,13 @@ class TrainingProgress:
         """Show what a step is at, beside the live bar; without a TTY, a line at the same pace as steps."""
         if self._live:
             self._progress.update(self._task, status=text)
-        elif self.enabled and time.monotonic() - max(self._started, self._last_line) >= self.line_interval_s:
+        elif time.monotonic() - max(self._started, self._last_line) >= self.line_interval_s:
             self._last_line = time.monotonic()
             self.console.print(Text(f"{self.description}: {text}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a line above the bar, e.g. an evaluation result."""
-        if self.enabled:
-            self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(text), soft_wrap=True)
 
     def _pace(self, step: int) -> tuple[str, str]:
         done = step - self.start_step

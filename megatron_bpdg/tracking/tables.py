@@ -16,9 +16,6 @@ def summary_table(rows: Sequence[Mapping[str, object]], title: str | None = None
         numeric = all(isinstance(row[name], int | float) for row in rows if name in row)
         table.add_column(name, justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(Text(_cell(row.get(name, ""))) for name in columns))
+        cells = [row.get(name, "") for name in columns]
+        table.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in cells))
     return table
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -173,14 +173,6 @@ def test_progress_rate_leaves_out_steps_before_a_resume(monkeypatch: pytest.Monk
     assert "step 100/110  2.00 s/step  ETA 0:20" in stream.getvalue()
 
 
-def test_progress_is_silent_on_other_ranks() -> None:
-    console, stream = captured()
-    with TrainingProgress(2, "demo", enabled=False, console=console) as progress:
-        progress.update(2)
-        progress.note("evaluated")
-    assert stream.getvalue() == ""
-
-
 def test_progress_on_a_terminal_shows_the_bar() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=160)
