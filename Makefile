@@ -39,9 +39,8 @@ quickstart-sglang: setup sglang
 	PATH="$(CURDIR)/$(BIN):$$PATH" BPDG_SGLANG_PYTHON=.venv-sglang/bin/python examples/quickstart/serve.sh
 	$(BIN)/bpdg report $(RUN)/opd_sglang --compare $(RUN)/opd
 
-# A file stays on one worker, which then makes its fixtures once. The order of tests/conftest.py puts the long files
-# first; xdist's own would go by how many tests they have.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Groups and their order are those of tests/conftest.py; xdist's own order would go by how many tests a group has.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: setup sglang
 	$(PYTEST)

@@ -25,13 +25,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:.*autograd kernel was not registered.*:UserWarning")
 
 
-# Of a worker's files the long ones go first, so that at the end no worker waits for another's.
+# The long ones go first, so that at the end no worker waits for another.
 _LONG_FIRST = ("serving", "parallel", "integration", "unit")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {folder: place for place, folder in enumerate(_LONG_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
+    for item in items:
+        # A file stays on one worker, which makes its fixtures once; all that share the servers stay together.
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "serving" else f"{folder}/{item.path.name}"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,16 @@ DEADLINE_S = 3600.0
 class ServerUnderTest(RunningServer):
     """A server that tests may kill and start again, at the same port."""
 
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
     def kill9(self) -> None:
         self.kill()
 
     def restart(self) -> None:
         self.stop()
         self.start()
-
-
-ServerFactory = Callable[..., ServerUnderTest]
 
 
 def free_port() -> int:
@@ -52,62 +53,54 @@ def sglang() -> str:
         pytest.fail(f"no SGLang to test with; `make sglang` installs it: {error}", pytrace=False)
 
 
+class Servers:
+    """Servers by name, started when they are first asked for, and again where a test has left them dead.
+
+    Starting one takes half a minute of a core: all tests share them, in one worker.
+    """
+
+    def __init__(self, miniature: Miniature, python: str, logs: Path) -> None:
+        self.python, self.logs = python, logs
+        self.served = {
+            "student": (miniature.student, Role.STUDENT),
+            "teacher": (miniature.teacher, Role.TEACHER),
+            "other": (miniature.teacher, Role.STUDENT),
+        }
+        self.started: dict[str, ServerUnderTest] = {}
+
+    def get(self, name: str) -> ServerUnderTest:
+        if name not in self.started:
+            model, role = self.served[name]
+            command = server_command(model, role, python=self.python, device=Device.CPU, port=free_port())
+            log = self.logs / f"{name}.log"
+            self.started[name] = ServerUnderTest(command, log, deadline_s=DEADLINE_S, grace_s=15.0)
+        if not self.started[name].alive:
+            self.started[name].start()
+        return self.started[name]
+
+
 @pytest.fixture(scope="session")
-def start_server(sglang: str, tmp_path_factory: pytest.TempPathFactory) -> ServerFactory:
-    """Starts a server; who calls it stops it. Its log stays in pytest's temporary directory."""
-    logs = tmp_path_factory.mktemp("servers")
-
-    def start(model: Path, *flags: str, role: Role = Role.STUDENT) -> ServerUnderTest:
-        port = free_port()
-        command = server_command(model, role, python=sglang, device=Device.CPU, port=port, extra=flags)
-        server = ServerUnderTest(command, logs / f"{role}-{port}.log", deadline_s=DEADLINE_S, grace_s=15.0)
-        server.start()
-        return server
-
-    return start
-
-
-@pytest.fixture
-def server_factory(start_server: ServerFactory) -> Iterator[ServerFactory]:
-    """``server_factory(model, *flags, role=..)``: a healthy server, stopped when the test is over."""
-    started: list[ServerUnderTest] = []
-
-    def start(model: Path, *flags: str, role: Role = Role.STUDENT) -> ServerUnderTest:
-        started.append(start_server(model, *flags, role=role))
-        return started[-1]
-
-    yield start
-    for server in started:
+def servers(miniature: Miniature, sglang: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Their logs stay in pytest's temporary directory."""
+    servers = Servers(miniature, sglang, tmp_path_factory.mktemp("servers"))
+    yield servers
+    for server in servers.started.values():
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def student_server(miniature: Miniature, start_server: ServerFactory) -> Iterator[ServerUnderTest]:
-    """Serves the miniature student; its weights are whatever the last test sent."""
-    with_weights = start_server(miniature.student)
-    yield with_weights
-    with_weights.stop()
+@pytest.fixture
+def student_server(servers: Servers) -> ServerUnderTest:
+    """Serves the miniature student; its weights are whatever the last test sent. Tests may kill it."""
+    return servers.get("student")
 
 
-@pytest.fixture(scope="session")
-def teacher_server(miniature: Miniature, start_server: ServerFactory) -> Iterator[ServerUnderTest]:
+@pytest.fixture
+def other_server(servers: Servers) -> ServerUnderTest:
+    """A second one that takes weights, started from other ones than the student's. Tests may kill it."""
+    return servers.get("other")
+
+
+@pytest.fixture
+def teacher_server(servers: Servers) -> ServerUnderTest:
     """Serves the miniature teacher, whose weights stay as they are."""
-    server = start_server(miniature.teacher, role=Role.TEACHER)
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def teacher_server_for_updates(miniature: Miniature, start_server: ServerFactory) -> Iterator[ServerUnderTest]:
-    """A second server that takes weights, started from other ones than the student's."""
-    server = start_server(miniature.teacher)
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def restartable_server(miniature: Miniature, start_server: ServerFactory) -> Iterator[ServerUnderTest]:
-    """Serves the miniature student; tests may kill it, and start it again before they end."""
-    server = start_server(miniature.student)
-    yield server
-    server.stop()
+    return servers.get("teacher")

@@ -104,9 +104,11 @@ def test_an_engine_that_does_not_take_the_weights_it_was_sent(
         engine.close()
 
 
-def test_kill_9_of_a_server_while_it_samples(miniature: Miniature, server_factory: Any, tmp_path: Path) -> None:
+def test_kill_9_of_a_server_while_it_samples(
+    miniature: Miniature, other_server: Any, student_server: Any, tmp_path: Path
+) -> None:
     """One of two servers dies at work and comes back with its old weights; later the other one dies too."""
-    one, two = (server_factory(miniature.student) for _ in range(2))
+    one, two = other_server, student_server
     asked = requests(200)
     sampling = Sampling(max_new_tokens=56)
     with trainer(miniature.student, tmp_path) as student:
@@ -136,28 +138,26 @@ def test_kill_9_of_a_server_while_it_samples(miniature: Miniature, server_factor
         engine.close()
 
 
-def test_the_only_server_dies_and_comes_back(miniature: Miniature, server_factory: Any, tmp_path: Path) -> None:
-    server = server_factory(miniature.student)
+def test_the_only_server_dies_and_comes_back(miniature: Miniature, other_server: Any, tmp_path: Path) -> None:
     with trainer(miniature.student, tmp_path) as student:
-        engine = student.engine(patience(server.url))
+        engine = student.engine(patience(other_server.url))
         student.send(engine, version=1)
-        server.kill9()
-        back = threading.Thread(target=server.restart)
+        other_server.kill9()
+        back = threading.Thread(target=other_server.restart)
         back.start()
         check_all(miniature.student, requests(8), generate(engine, requests(8), SAMPLING), version=1)
         back.join()
         engine.close()
 
 
-def test_a_server_that_never_comes_back(miniature: Miniature, server_factory: Any, tmp_path: Path) -> None:
-    server = server_factory(miniature.student)
+def test_a_server_that_never_comes_back(miniature: Miniature, other_server: Any, tmp_path: Path) -> None:
     with trainer(miniature.student, tmp_path) as student:
-        engine = student.engine(patience(server.url, attempts=50, recovery_s=3.0))
+        engine = student.engine(patience(other_server.url, attempts=50, recovery_s=3.0))
         student.send(engine, version=1)
-        server.kill9()
+        other_server.kill9()
         with pytest.raises(ServingError, match=r"no server for response \d within 3 s") as caught:
             generate(engine, requests(2), SAMPLING)
-        assert f"{server.url}: down" in str(caught.value)
+        assert f"{other_server.url}: down" in str(caught.value)
         with pytest.raises(ServingError, match="no engine took the weights of step 2"):
             student.send(engine, version=2)
         engine.close()

@@ -138,13 +138,11 @@ def test_a_teacher_that_is_the_student_is_said_to_be(
     assert "the teacher's log-probs equal the student's own" in capfd.readouterr().err.replace("\n", " ")
 
 
-def test_a_run_goes_on_when_its_only_sampler_is_killed(
-    miniature: Miniature, restartable_server: Any, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_when_its_only_sampler_is_killed(miniature: Miniature, other_server: Any, tmp_path: Path) -> None:
     cfg = config(
         miniature,
         tmp_path / "run",
-        sampled_by(restartable_server),
+        sampled_by(other_server),
         {"training": {"steps": 12, "epochs": 1, "minibatches": 1}},
     )
     killed: list[int] = []
@@ -152,9 +150,9 @@ def test_a_run_goes_on_when_its_only_sampler_is_killed(
     def kill_and_restart() -> None:
         while len(metrics_so_far()) < 3:
             time.sleep(0.02)
-        restartable_server.kill9()
+        other_server.kill9()
         killed.append(len(metrics_so_far()))
-        restartable_server.restart()
+        other_server.restart()
 
     def metrics_so_far() -> list[Any]:
         return metrics(cfg.output) if (cfg.output / "metrics.jsonl").exists() else []

@@ -73,9 +73,9 @@ def push(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_servers_say_what_the_trainer_says(
-    miniature: Miniature, student_server: Any, teacher_server_for_updates: Any, tmp_path: Path, method: str
+    miniature: Miniature, student_server: Any, other_server: Any, tmp_path: Path, method: str
 ) -> None:
-    urls = [student_server.url, teacher_server_for_updates.url]
+    urls = [student_server.url, other_server.url]
     results = push(miniature.student, tmp_path, urls, method, Layout(), [0.9, 1.2, 1.0])
     assert [version for _, version in results] == ["v-0", "v-1", "v-2"]
     assert max(distance for distance, _ in results) < 1e-4
@@ -177,21 +177,21 @@ class Killing:
 
 @pytest.mark.parametrize("method", ["tensor", "distributed"])
 def test_a_server_killed_in_the_middle_of_an_update(
-    miniature: Miniature, student_server: Any, restartable_server: Any, tmp_path: Path, method: str
+    miniature: Miniature, student_server: Any, other_server: Any, tmp_path: Path, method: str
 ) -> None:
     with trainer(miniature.student, tmp_path) as student:
         sync = build_weight_sync(WeightSync(method=method, timeout_s=60), tmp_path)  # type: ignore[arg-type]
         sync.bucket_bytes = 5000  # type: ignore[attr-defined]
         student.change(0.9)
-        urls = [restartable_server.url, student_server.url]
-        with pytest.raises(WeightSyncError, match=restartable_server.url) as caught:
-            sync.push(Killing(student.weights, restartable_server), "killed", urls)
-        assert list(caught.value.failed) == [restartable_server.url]
+        urls = [other_server.url, student_server.url]
+        with pytest.raises(WeightSyncError, match=other_server.url) as caught:
+            sync.push(Killing(student.weights, other_server), "killed", urls)
+        assert list(caught.value.failed) == [other_server.url]
         found, version = served(student_server.url)
         assert version == "killed"
         torch.testing.assert_close(found, ours(student), rtol=0, atol=1e-4)
         # Started again, it takes the next update together with the other one.
-        restartable_server.restart()
+        other_server.restart()
         student.change(1.1)
         sync.push(student.weights, "next", urls)
         for url in urls:
