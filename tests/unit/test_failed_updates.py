@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,9 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     try:
         for engine in engines:
             background.run(engine.start(runners))
+        update = partial(base.Update, pause="retract", timeout_s=600.0, api_key=None)
         with ExitStack() as stack:
-            yield Setup(*engines, DiskSync(tmp_path, 2, pause="retract", timeout_s=600.0, api_key=None), stack)
+            yield Setup(*engines, DiskSync(tmp_path, 2, update), stack)
     finally:
         for runner in runners:
             background.run(runner.cleanup())

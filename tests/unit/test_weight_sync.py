@@ -48,7 +48,7 @@ def test_each_rank_of_each_engine_gets_a_handle_of_its_own(monkeypatch: pytest.M
         def post(self, path: str, body: Any) -> None:
             sent.update({url: len(body(url)["serialized_named_tensors"]) for url in ("one", "two")})
 
-    sync = by_memory.TensorSync(10**6, pause="retract", timeout_s=1.0, api_key=None)
+    sync = by_memory.TensorSync(10**6, pytest.fail)
     sync._send([("w", torch.ones(3))], "v", Calls(), {"one": range(2), "two": range(2, 5)})  # type: ignore[arg-type]
     assert sent == {"one": 2, "two": 3}
 

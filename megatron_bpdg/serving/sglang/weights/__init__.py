@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from megatron_bpdg.config.rollout import WeightSync as WeightSyncConfig
-from megatron_bpdg.serving.sglang.weights.base import WeightSync, WeightSyncError
+from megatron_bpdg.serving.sglang.weights.base import Update, WeightSync, WeightSyncError
 from megatron_bpdg.serving.sglang.weights.disk import DiskSync
 from megatron_bpdg.serving.sglang.weights.distributed import DistributedSync
 from megatron_bpdg.serving.sglang.weights.tensor import TensorSync
@@ -20,17 +21,10 @@ def build_weight_sync(cfg: WeightSyncConfig, output: Path, api_key: str | None =
         output: the run's directory, where weights lie that have no directory of their own.
         api_key: bearer token of the servers, or None.
     """
-    bucket_bytes = cfg.bucket_mb * 10**6
+    update = partial(Update, pause=cfg.pause, timeout_s=cfg.timeout_s, api_key=api_key)
     if cfg.method == "disk":
         directory = (cfg.directory or output / "sampler_weights").resolve()
-        return DiskSync(directory, cfg.keep, pause=cfg.pause, timeout_s=cfg.timeout_s, api_key=api_key)
+        return DiskSync(directory, cfg.keep, update)
     if cfg.method == "tensor":
-        return TensorSync(bucket_bytes, pause=cfg.pause, timeout_s=cfg.timeout_s, api_key=api_key)
-    return DistributedSync(
-        bucket_bytes,
-        master_address=cfg.master_address,
-        master_port=cfg.master_port,
-        pause=cfg.pause,
-        timeout_s=cfg.timeout_s,
-        api_key=api_key,
-    )
+        return TensorSync(cfg.bucket_mb * 10**6, update)
+    return DistributedSync(cfg.bucket_mb * 10**6, update, cfg.timeout_s, cfg.master_address, cfg.master_port)

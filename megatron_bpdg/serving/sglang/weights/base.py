@@ -21,6 +21,7 @@ from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerErr
 Pause = Literal["retract", "abort"]
 Bucket = list[tuple[str, Tensor]]
 Body = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
+NewUpdate = Callable[[Sequence[str]], "Update"]
 
 # For all calls that carry no weights: an engine that hangs must not hold the others paused for longer.
 _CONTROL_S = 60.0
@@ -80,6 +81,12 @@ class Update:
     Whatever happens, nobody is left behind in the middle: a server that failed, at whatever call, keeps its first error
     in `failed` and gets no more weights, but leaving the context closes what it has open and lets it continue. That it
     gets no requests before it has taken a whole update is the engine's and the pool's business.
+
+    Args:
+        urls: the servers.
+        pause: what they do with requests under way.
+        timeout_s: one call that carries weights to a server.
+        api_key: bearer token, or None.
     """
 
     def __init__(self, urls: Sequence[str], *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
@@ -167,6 +174,20 @@ class Update:
             ServerError: see `Server.get`.
         """
         return self._background.run(self._servers[url].get(path, timeout_s=self._control_s))
+
+    def places(self, first: int) -> dict[str, range]:
+        """A place for each device of every engine, in a row from `first` on. One that does not say its size failed."""
+        places = {}
+        for url in self.urls:
+            try:
+                info = self.get(url, "/server_info")
+                size = int(info["tp_size"]) * int(info.get("pp_size") or 1)
+            except (ServerError, KeyError, TypeError) as error:
+                self.failed[url] = f"{url}/server_info has no tensor-parallel size: {error}"
+                continue
+            places[url] = range(first, first + size)
+            first += size
+        return places
 
     def alive(self, url: str) -> bool:
         """Whether a server can be reached."""

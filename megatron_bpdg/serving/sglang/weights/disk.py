@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bpdg.serving.sglang.weights.base import Pause, Update, Weights, share_outcome
+from megatron_bpdg.serving.sglang.weights.base import NewUpdate, Weights, share_outcome
 
 
 class DiskSync:
@@ -17,14 +17,11 @@ class DiskSync:
     Args:
         directory: of the versions.
         keep: newest versions that are kept; older ones are deleted once the servers have the new one.
-        pause: what servers do with requests under way.
-        timeout_s: one call that carries weights to a server.
-        api_key: bearer token, or None.
+        update: begins an `Update` of some servers.
     """
 
-    def __init__(self, directory: Path, keep: int, *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
-        self.directory, self.keep = directory, keep
-        self.pause, self.timeout_s, self.api_key = pause, timeout_s, api_key
+    def __init__(self, directory: Path, keep: int, update: NewUpdate) -> None:
+        self.directory, self.keep, self.update = directory, keep, update
         self._kept: list[Path] = []
 
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
@@ -32,7 +29,7 @@ class DiskSync:
         weights.save(path)
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
-            with Update(urls, pause=self.pause, timeout_s=self.timeout_s, api_key=self.api_key) as update:
+            with self.update(urls) as update:
                 body = {"model_path": str(path), "weight_version": version, "flush_cache": True}
                 update.post("/update_weights_from_disk", body)
                 update.check_version(version)

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from megatron_bpdg.serving.http.client import ServerError
-from megatron_bpdg.serving.sglang.weights.base import Bucket, Pause, Update, Weights, buckets, share_outcome
+from megatron_bpdg.serving.sglang.weights.base import Bucket, NewUpdate, Update, Weights, buckets, share_outcome
 
 
 class DistributedSync:
@@ -32,23 +32,21 @@ class DistributedSync:
 
     Args:
         bucket_bytes: sent at once.
+        update: begins an `Update` of some servers.
+        timeout_s: for the group and its collectives.
         master_address, master_port: where the engines meet rank 0; None: its address towards them, a free port.
-        pause, timeout_s, api_key: as for `DiskSync`.
     """
 
     def __init__(
         self,
         bucket_bytes: int,
-        *,
-        master_address: str | None,
-        master_port: int | None,
-        pause: Pause,
+        update: NewUpdate,
         timeout_s: float,
-        api_key: str | None,
+        master_address: str | None = None,
+        master_port: int | None = None,
     ) -> None:
-        self.bucket_bytes = bucket_bytes
+        self.bucket_bytes, self.update, self.timeout_s = bucket_bytes, update, timeout_s
         self.master_address, self.master_port = master_address, master_port
-        self.pause, self.timeout_s, self.api_key = pause, timeout_s, api_key
         self._group: dist.ProcessGroup | None = None
         self._name = ""
         self._members: list[str] = []
@@ -57,7 +55,7 @@ class DistributedSync:
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
-            with Update(urls, pause=self.pause, timeout_s=self.timeout_s, api_key=self.api_key) as update:
+            with self.update(urls) as update:
                 # Reading the weights is collective: every attempt reads all of them on all ranks, whatever becomes of
                 # it here, and after each one the others must hear whether there is another.
                 again = True
@@ -124,23 +122,13 @@ class DistributedSync:
         if self._group is not None and self._members == update.urls:
             return True
         self._leave(update)
-        sizes = {}
-        for url in update.urls:
-            try:
-                info = update.get(url, "/server_info")
-                sizes[url] = int(info["tp_size"]) * int(info.get("pp_size") or 1)
-            except (ServerError, KeyError, TypeError) as error:
-                update.failed[url] = f"{url}/server_info has no tensor-parallel size: {error}"
+        places = update.places(1)
         if not update.urls:
             return True
         address = self.master_address or _address(update.urls)
         port = self.master_port or _free_port()
         name = f"bpdg-{uuid.uuid4().hex[:8]}"
-        world = 1 + sum(sizes[url] for url in update.urls)
-        offsets, offset = {}, 1
-        for url in update.urls:
-            offsets[url] = offset
-            offset += sizes[url]
+        world = 1 + sum(map(len, places.values()))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         self._members = list(update.urls)
         joined = update.start(
@@ -148,7 +136,7 @@ class DistributedSync:
             lambda url: {
                 "master_address": address,
                 "master_port": port,
-                "rank_offset": offsets[url],
+                "rank_offset": places[url].start,
                 "world_size": world,
                 "group_name": name,
                 "backend": backend,
@@ -202,7 +190,8 @@ class DistributedSync:
         if self._group is None:
             return
         # An engine that is gone or was started again has no group to leave: its answer does not matter.
-        left = update.start("/destroy_weights_update_group", {"group_name": self._name}, heed=False)
+        body = {"group_name": self._name}
+        left = update.start("/destroy_weights_update_group", body, timeout_s=30.0, heed=False)
         # Not after the answers: an engine that waits for a lost bucket hears nothing until our end closes.
         self._abandon()
         left()
@@ -216,7 +205,7 @@ class DistributedSync:
 
     def close(self) -> None:
         if self._group is not None:
-            with Update(self._members, pause="retract", timeout_s=30.0, api_key=self.api_key) as update:
+            with self.update(self._members) as update:
                 self._leave(update)
 
 

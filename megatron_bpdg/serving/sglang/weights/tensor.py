@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_bpdg.serving.http.client import ServerError
-from megatron_bpdg.serving.sglang.weights.base import Bucket, Pause, Update, Weights, buckets, share_outcome
+from megatron_bpdg.serving.sglang.weights.base import Bucket, NewUpdate, Update, Weights, buckets, share_outcome
 
 
 class TensorSync:
@@ -28,25 +27,24 @@ class TensorSync:
 
     Args:
         bucket_bytes: sent at once.
-        pause, timeout_s, api_key: as for `DiskSync`.
+        update: begins an `Update` of some servers.
 
     Raises:
         ValueError: handles of GPU memory cannot be made here.
     """
 
-    def __init__(self, bucket_bytes: int, *, pause: Pause, timeout_s: float, api_key: str | None) -> None:
+    def __init__(self, bucket_bytes: int, update: NewUpdate) -> None:
         if torch.cuda.is_available() and importlib.util.find_spec("sglang") is None:
             raise ValueError(
                 "rollout.weight_sync.method: tensor makes handles of GPU memory with SGLang's own code, and the "
                 "trainer's environment has no sglang: install it there too, or use distributed or disk"
             )
-        self.bucket_bytes = bucket_bytes
-        self.pause, self.timeout_s, self.api_key = pause, timeout_s, api_key
+        self.bucket_bytes, self.update = bucket_bytes, update
 
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
-            with Update(urls, pause=self.pause, timeout_s=self.timeout_s, api_key=self.api_key) as update:
+            with self.update(urls) as update:
                 ranks = self._ranks_of_engines(update)
                 update.begin()
                 self._send(weights, version, update, ranks)
@@ -63,7 +61,7 @@ class TensorSync:
     def _send(self, weights: Weights, version: str, update: Update | None, ranks: dict[str, range]) -> None:
         with _shared_by_name():
             for bucket, last in buckets(weights, self.bucket_bytes):
-                payloads = _payloads(bucket, sum(len(devices) for devices in ranks.values()))
+                payloads = _payloads(bucket, sum(map(len, ranks.values())))
                 if update is None:
                     # Peers keep their bucket until rank 0 has heard that it was read.
                     dist.barrier()
@@ -82,20 +80,12 @@ class TensorSync:
 
     def _ranks_of_engines(self, update: Update) -> dict[str, range]:
         """Which payloads each engine's tensor-parallel ranks get, in order."""
-        ranks: dict[str, range] = {}
-        start = 0
-        for url in update.urls:
-            try:
-                size = int(update.get(url, "/server_info")["tp_size"])
-            except (ServerError, KeyError, TypeError) as error:
-                update.failed[url] = f"{url}/server_info has no tensor-parallel size: {error}"
-                continue
-            ranks[url] = range(start, start + size)
-            start += size
-        if torch.cuda.is_available() and start > dist.get_world_size():
+        ranks = update.places(0)
+        devices = sum(map(len, ranks.values()))
+        if torch.cuda.is_available() and devices > dist.get_world_size():
             for url in update.urls:
                 update.failed[url] = (
-                    f"the engines have {start} devices, the trainer {dist.get_world_size()} ranks: "
+                    f"the engines have {devices} devices, the trainer {dist.get_world_size()} ranks: "
                     "rollout.weight_sync.method: tensor is for engines on the trainer's own devices; use distributed"
                 )
         return ranks
