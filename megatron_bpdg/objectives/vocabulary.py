@@ -27,54 +27,44 @@ class VocabOps(Protocol):
 
     def rows(self, per_token: Tensor) -> Tensor:
         """This rank's rows of a replicated tensor ``[N, ...]`` -> ``[n, ...]``."""
-        ...
 
     def logsumexp(self) -> Tensor:
         """``[n]``."""
-        ...
 
     def logprob(self, ids_N: Tensor) -> Tensor:
         """Log-probability of one id per position, ``[n]``."""
-        ...
 
     def gather(self, ids_NK: Tensor) -> Tensor:
         """Logits of K ids per position, ``[n, K]``."""
-        ...
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits and their ids, ``[n, k]`` each; ties go to the lower id. Not differentiable."""
-        ...
 
     def entropy(self) -> Tensor:
         """Entropy in nats, ``[n]``."""
-        ...
 
     def log_softmax(self) -> Tensor:
         """Log-probabilities of this rank's part of the vocabulary, ``[N, V_local]``."""
-        ...
 
     def vocab_sum(self, x_NV: Tensor) -> Tensor:
         """Sum over the whole vocabulary of a tensor shaped like `log_softmax`, ``[n]``."""
-        ...
 
 
 def ordered_topk(values_NV: Tensor, k: int, first_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Largest k values and their ids, ties to the lower id, so that supports do not depend on how V is split.
+    """Largest k values, or all that there are, and their ids; ties go to the lower id, however V is split.
 
     Values are compared in float32. Returns ``[N, k]`` values and int64 ids (column number + first_id).
     """
-    ids_V = torch.arange(values_NV.shape[1], device=values_NV.device)
-    chosen = [_ordered_topk_ids(chunk, ids_V, k) for chunk in values_NV.split(_TOPK_ROWS)]
-    ids_NK = torch.cat(chosen) if chosen else ids_V.new_zeros(0, k)
-    return values_NV.gather(1, ids_NK), ids_NK + first_id
-
-
-def _ordered_topk_ids(values_NV: Tensor, ids_V: Tensor, k: int) -> Tensor:
-    bits = (values_NV.float() + 0.0).view(torch.int32)
-    # Two's complement order of float bits: flip the magnitude of negatives.
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (order << 32) | (0xFFFFFFFF - ids_V)
-    return keys.topk(k, dim=1).indices
+    column_V = torch.arange(values_NV.shape[1], device=values_NV.device)
+    k = min(k, len(column_V))
+    column_NK = column_V.new_empty(len(values_NV), k)
+    for values, columns in zip(values_NV.split(_TOPK_ROWS), column_NK.split(_TOPK_ROWS)):
+        bits = (values.float() + 0.0).view(torch.int32)
+        # Two's complement order of float bits: flip the magnitude of negatives.
+        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        # torch.topk says nothing of ties, so there are none: the lower column is the larger key.
+        columns.copy_(((order << 32) | (0xFFFFFFFF - column_V)).topk(k, dim=1).indices)
+    return values_NV.gather(1, column_NK), column_NK + first_id
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:

@@ -10,8 +10,6 @@ Logits are rounded to the dtype of the hidden states, as everywhere else, and ev
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -39,18 +37,19 @@ class FusedVocab(ChunkedVocab):
         ValueError: also for float64, or tensors that are on no CUDA device.
     """
 
-    def __init__(self, hidden_NH: Tensor, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hidden_NH, *args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype != torch.float32:
-            raise ValueError(f"training.head: fused computes in float32, not {hidden_NH.dtype}: use chunked")
-        if not (hidden_NH.is_cuda or isinstance(_sweep, InterpretedFunction)):
+            raise ValueError(f"training.head: fused computes in float32, not {self.hidden_NH.dtype}: use chunked")
+        if not (self.hidden_NH.is_cuda or isinstance(_sweep, InterpretedFunction)):
             raise ValueError("training.head: fused runs on CUDA devices only: use chunked")
 
     def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         num_tokens, hidden_size = self.hidden_NH.shape
-        if k or not self.num_valid or not num_tokens:
+        num_columns = len(self.ids)
+        if k or not num_columns or not num_tokens:
             return super().sweep_shard(k, keep)
-        token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(self.num_valid, BLOCK_COLUMNS)
+        token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(num_columns, BLOCK_COLUMNS)
         blocks_per_part = triton.cdiv(column_blocks, max(MIN_PARTS, triton.cdiv(MIN_PROGRAMS, token_blocks)))
         num_parts = triton.cdiv(column_blocks, blocks_per_part)
         parts_3CN = self.hidden_NH.new_empty(3, num_parts, num_tokens, dtype=torch.float32)
@@ -59,7 +58,7 @@ class FusedVocab(ChunkedVocab):
             self.weight_VH,
             parts_3CN,
             num_tokens,
-            self.num_valid,
+            num_columns,
             hidden_size,
             *self.hidden_NH.stride(),
             *self.weight_VH.stride(),
@@ -77,7 +76,7 @@ class FusedVocab(ChunkedVocab):
         return max_CN, sum_CN, shifted_CN, None
 
     def pairs(self, ids_NK: Tensor) -> FusedPairs:
-        return FusedPairs(ids_NK - self.first_id, self.num_valid, self.temperature)
+        return FusedPairs(ids_NK - self.ids.start, len(self.ids), self.temperature, self.chunk_bytes)
 
     def chunk_gradient(
         self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor

@@ -6,13 +6,12 @@ operations, so that equal inputs give equal bits, float32 sums, and one rounding
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_bpdg.parallel.sparse import RowPairs
 from megatron_bpdg.parallel.weight_gradient import WeightGradient
 
 BLOCK_IDS = 32
@@ -22,19 +21,8 @@ BLOCK_ENTRIES = 8
 BLOCK_ROW = 512
 
 
-@dataclass(frozen=True)
-class FusedPairs:
-    """See `RowPairs`.
-
-    Attributes:
-        column_NK: int64, relative to the shard; those outside of ``0 ... num_columns - 1`` are other shards'.
-        num_columns: valid columns of the shard.
-        temperature: divides the logits.
-    """
-
-    column_NK: Tensor
-    num_columns: int
-    temperature: float
+class FusedPairs(RowPairs):
+    """`RowPairs` by the kernels below."""
 
     def dot(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
         num_tokens, k = self.column_NK.shape

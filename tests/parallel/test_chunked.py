@@ -51,7 +51,7 @@ class OwnerOnly(ChunkedVocab):
         grad_Nv = super().logits_gradient(logits_Nv, start, term, grad_N)
         if term.column_N is None:
             return grad_Nv
-        return grad_Nv * ((term.column_N >= 0) & (term.column_N < self.num_valid))[:, None]
+        return grad_Nv * ((term.column_N >= 0) & (term.column_N < len(self.ids)))[:, None]
 
 
 class OtherChunks(ChunkedVocab):
