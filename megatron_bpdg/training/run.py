@@ -17,7 +17,7 @@ from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Prompts
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import Partition
+from megatron_bpdg.drift.partition import Partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
