@@ -54,14 +54,12 @@ class FusedVocab(ChunkedVocab):
         num_parts = triton.cdiv(column_blocks, blocks_per_part)
         parts_3CN = self.hidden_NH.new_empty(3, num_parts, num_tokens, dtype=torch.float32)
         _sweep[num_parts, token_blocks](
-            self.hidden_NH,
-            self.weight_VH,
+            self.hidden_NH.contiguous(),
+            self.weight_VH.contiguous(),
             parts_3CN,
             num_tokens,
             num_columns,
             hidden_size,
-            *self.hidden_NH.stride(),
-            *self.weight_VH.stride(),
             1.0 / self.temperature,
             blocks_per_part,
             num_parts,
@@ -110,10 +108,6 @@ def _sweep(  # type: ignore[no-untyped-def]
     num_tokens,
     num_columns,
     hidden_size,
-    hidden_stride_n,
-    hidden_stride_h,
-    weight_stride_v,
-    weight_stride_h,
     inverse_temperature,
     blocks_per_part,
     num_parts,
@@ -124,24 +118,24 @@ def _sweep(  # type: ignore[no-untyped-def]
     """Statistics of one block of tokens over one part of the columns; see `ChunkedVocab.sweep_shard`."""
     part = tl.program_id(0)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token_row = hidden + token.to(tl.int64)[:, None] * hidden_stride_n
+    token_row = hidden + token.to(tl.int64)[:, None] * hidden_size
     max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_n = tl.zeros((BLOCK_N,), tl.float32)
     shifted_n = tl.zeros((BLOCK_N,), tl.float32)
     first = part * blocks_per_part * BLOCK_V
     for start in range(first, min(first + blocks_per_part * BLOCK_V, num_columns), BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        column_row = weight + column.to(tl.int64)[None, :] * weight_stride_v
+        column_row = weight + column.to(tl.int64)[None, :] * hidden_size
         logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for h in range(0, hidden_size, BLOCK_H):
             at = h + tl.arange(0, BLOCK_H)
             a = tl.load(
-                token_row + at[None, :] * hidden_stride_h,
+                token_row + at[None, :],
                 mask=(token[:, None] < num_tokens) & (at[None, :] < hidden_size),
                 other=0.0,
             )
             b = tl.load(
-                column_row + at[:, None] * weight_stride_h,
+                column_row + at[:, None],
                 mask=(column[None, :] < num_columns) & (at[:, None] < hidden_size),
                 other=0.0,
             )

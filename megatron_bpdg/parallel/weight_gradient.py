@@ -28,7 +28,9 @@ class WeightGradient:
         self.weight_VH = weight_VH
         self.accumulate = accumulate
         self.total_VH: Tensor = (
-            weight_VH.main_grad if accumulate else torch.zeros_like(weight_VH, dtype=dtype)  # type: ignore[attr-defined]
+            weight_VH.main_grad  # type: ignore[attr-defined]
+            if accumulate
+            else torch.zeros_like(weight_VH, dtype=dtype, memory_format=torch.contiguous_format)
         )
 
     def add_product(self, start: int, stop: int, a: Tensor, b: Tensor) -> None:
