@@ -30,8 +30,7 @@ def drift_sums(
     """Sums over this rank's tokens, float64, as `drift_shapes` lists them.
 
     Args:
-        gated: the gate's output for one micro-batch.
-        mask_n: its mask.
+        gated, mask_n: of one micro-batch.
         block_index_G: position of each block within its own response, int64 ``[num_blocks]`` (the heat map's rows).
         max_blocks: rows of the heat map; blocks beyond are added to the last row.
         owns_blocks: whether this rank counts the blocks. Block means are complete on every rank that shares the

@@ -108,14 +108,10 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 
 def hf_config_of(folder: Path | None, where: Path) -> dict[str, Any]:
-    """Config in a Megatron checkpoint's hf folder.
-
-    Args:
-        folder: the folder, None where there is none.
-        where: the checkpoint, for the message.
+    """Config in the hf folder of the Megatron checkpoint `where`.
 
     Raises:
-        FileNotFoundError: there is no folder; says what to do.
+        FileNotFoundError: it has no such folder; says what to do.
         ValueError: see `read_hf_config`.
     """
     if folder is None:

@@ -140,20 +140,20 @@ class ChunkedVocab:
         With `keep` it keeps chunks for a backward.
         """
         if self._swept is None or (k and self._swept.k != k):
-            max_CN, sum_CN, shifted_CN, top = self.sweep_shard(k, keep)
-            self._swept = Swept(*self._combined(max_CN, sum_CN, shifted_CN), k, top)
+            parts_3CN, top = self.sweep_shard(k, keep)
+            self._swept = Swept(*self._combined(*parts_3CN), k, top)
         return self._swept
 
-    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Softmax statistics of this shard in C parts: max z, sum e^(z - max), sum (z - max) e^(z - max), [C, N] each.
+    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Softmax statistics of this shard in C parts, ``[3, C, N]``, and its k largest logits.
 
-        And the shard's k largest logits.
+        The three are max z, sum e^(z - max) and sum (z - max) e^(z - max), each with the maximum of its part.
         """
         empty_N0 = self.hidden_NH.new_empty(len(self.hidden_NH), 0, dtype=self.dtype)
         top = (empty_N0, empty_N0.long()) if k else None
         parts, room = [], self.keep_mb * 1e6 if keep else 0.0
         for start, stop in self.chunks():
-            product_Nv = self.product(self.hidden_NH, self.weight_VH, start, stop)
+            product_Nv = self.product(start, stop)
             room -= product_Nv.nbytes
             if room >= 0.0:
                 self._kept[start] = product_Nv
@@ -165,9 +165,9 @@ class ChunkedVocab:
             shifted_Nv = logits_Nv.sub_(max_N[:, None])
             exp_Nv = shifted_Nv.exp()
             parts.append(torch.stack([max_N, exp_Nv.sum(1), exp_Nv.mul_(shifted_Nv).sum(1)]))
-        empty = self.hidden_NH.new_empty(3, 0, len(self.hidden_NH), dtype=self.dtype)
-        max_CN, sum_CN, shifted_CN = torch.stack(parts, dim=1) if parts else empty
-        return max_CN, sum_CN, shifted_CN, top
+        if not parts:
+            return empty_N0.t().expand(3, 0, -1), top
+        return torch.stack(parts, dim=1), top
 
     def _combined(self, max_CN: Tensor, sum_CN: Tensor, shifted_CN: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp and entropy of the whole vocabulary from the parts of every shard."""
@@ -189,26 +189,24 @@ class ChunkedVocab:
         for start in range(0, len(self.ids), width):
             yield start, min(start + width, len(self.ids))
 
-    def product(self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int) -> Tensor:
+    def product(self, start: int, stop: int) -> Tensor:
         """A fresh ``[N, stop - start]`` of undivided logits."""
-        return hidden_NH @ weight_VH[start:stop].t()
+        return self.hidden_NH @ self.weight_VH[start:stop].t()
 
     def _divided(self, product_Nv: Tensor, *, copy: bool = False) -> Tensor:
         """Logits in float32 or float64; without `copy` they may overwrite the product."""
         logits_Nv = product_Nv.to(self.dtype, copy=copy)
         return logits_Nv if self.temperature == 1.0 else logits_Nv.div_(self.temperature)
 
-    def kept_or_again(self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int) -> Tensor:
+    def kept_or_again(self, start: int, stop: int) -> Tensor:
         """A chunk's product, for a backward that overwrites it."""
         kept_Nv = self._kept.pop(start, None)
-        return self.product(hidden_NH, weight_VH, start, stop) if kept_Nv is None else kept_Nv
+        return self.product(start, stop) if kept_Nv is None else kept_Nv
 
-    def chunk_gradient(
-        self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
-    ) -> Tensor:
+    def chunk_gradient(self, start: int, stop: int, term: Term, grad_N: Tensor) -> Tensor:
         """Of a chunk's undivided logits, in the hidden states' dtype, from that of the term, all rows."""
-        logits_Nv = self._divided(self.kept_or_again(hidden_NH, weight_VH, start, stop))
-        return self.logits_gradient(logits_Nv, start, term, grad_N).to(hidden_NH.dtype)
+        logits_Nv = self._divided(self.kept_or_again(start, stop))
+        return self.logits_gradient(logits_Nv, start, term, grad_N).to(self.hidden_NH.dtype)
 
     def logits_gradient(self, logits_Nv: Tensor, start: int, term: Term, grad_N: Tensor) -> Tensor:
         """The same in float32; overwrites `logits_Nv`."""
@@ -236,7 +234,7 @@ class ChunkedVocab:
         hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=self.dtype) if hidden_NH.requires_grad else None
         weight_grad = WeightGradient(weight_VH, self.accumulate, weight_VH.dtype) if weight_VH.requires_grad else None
         for start, stop in self.chunks():
-            grad_Nv = self.chunk_gradient(hidden_NH, weight_VH, start, stop, term, grad_N)
+            grad_Nv = self.chunk_gradient(start, stop, term, grad_N)
             if hidden_grad_NH is not None:
                 addmm_(hidden_grad_NH, grad_Nv, weight_VH[start:stop])
             if weight_grad is not None:

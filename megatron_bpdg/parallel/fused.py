@@ -44,7 +44,7 @@ class FusedVocab(ChunkedVocab):
         if not (self.hidden_NH.is_cuda or isinstance(_sweep, InterpretedFunction)):
             raise ValueError("training.head: fused runs on CUDA devices only: use chunked")
 
-    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         num_tokens, hidden_size = self.hidden_NH.shape
         num_columns = len(self.ids)
         if k or not num_columns or not num_tokens:
@@ -70,16 +70,13 @@ class FusedVocab(ChunkedVocab):
             # So that two programs share a multiprocessor: one multiplies while the other takes exponentials.
             maxnreg=128,
         )
-        max_CN, sum_CN, shifted_CN = parts_3CN
-        return max_CN, sum_CN, shifted_CN, None
+        return parts_3CN, None
 
     def pairs(self, ids_NK: Tensor) -> FusedPairs:
         return FusedPairs(ids_NK - self.ids.start, len(self.ids), self.temperature, self.chunk_bytes)
 
-    def chunk_gradient(
-        self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
-    ) -> Tensor:
-        logits_Nv = self.kept_or_again(hidden_NH, weight_VH, start, stop)
+    def chunk_gradient(self, start: int, stop: int, term: Term, grad_N: Tensor) -> Tensor:
+        logits_Nv = self.kept_or_again(start, stop)
         num_tokens, width = logits_Nv.shape
         kind, extra_N = _LSE, term.lse_N
         if term.column_N is not None:
@@ -118,6 +115,7 @@ def _sweep(  # type: ignore[no-untyped-def]
     """Statistics of one block of tokens over one part of the columns; see `ChunkedVocab.sweep_shard`."""
     part = tl.program_id(0)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token_here = token < num_tokens
     token_row = hidden + token.to(tl.int64)[:, None] * hidden_size
     max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_n = tl.zeros((BLOCK_N,), tl.float32)
@@ -125,23 +123,16 @@ def _sweep(  # type: ignore[no-untyped-def]
     first = part * blocks_per_part * BLOCK_V
     for start in range(first, min(first + blocks_per_part * BLOCK_V, num_columns), BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
+        column_here = column < num_columns
         column_row = weight + column.to(tl.int64)[None, :] * hidden_size
         logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for h in range(0, hidden_size, BLOCK_H):
             at = h + tl.arange(0, BLOCK_H)
-            a = tl.load(
-                token_row + at[None, :],
-                mask=(token[:, None] < num_tokens) & (at[None, :] < hidden_size),
-                other=0.0,
-            )
-            b = tl.load(
-                column_row + at[:, None],
-                mask=(column[None, :] < num_columns) & (at[:, None] < hidden_size),
-                other=0.0,
-            )
+            a = tl.load(token_row + at[None, :], mask=token_here[:, None] & (at[None, :] < hidden_size), other=0.0)
+            b = tl.load(column_row + at[:, None], mask=column_here[None, :] & (at[:, None] < hidden_size), other=0.0)
             logits = tl.dot(a, b, logits, input_precision="ieee")
         logits = logits.to(hidden.dtype.element_ty).to(tl.float32) * inverse_temperature
-        logits = tl.where(column[None, :] < num_columns, logits, float("-inf"))
+        logits = tl.where(column_here[None, :], logits, float("-inf"))
         new_max_n = tl.maximum(max_n, tl.max(logits, 1))
         # The first block has no earlier maximum, and 0 * inf is NaN.
         lower_n = tl.where(max_n == float("-inf"), 0.0, max_n - new_max_n)
@@ -153,9 +144,9 @@ def _sweep(  # type: ignore[no-untyped-def]
         max_n = new_max_n
     out = parts + part * num_tokens + token
     plane = num_parts * num_tokens
-    tl.store(out, max_n, mask=token < num_tokens)
-    tl.store(out + plane, sum_n, mask=token < num_tokens)
-    tl.store(out + 2 * plane, shifted_n, mask=token < num_tokens)
+    tl.store(out, max_n, mask=token_here)
+    tl.store(out + plane, sum_n, mask=token_here)
+    tl.store(out + 2 * plane, shifted_n, mask=token_here)
 
 
 @triton.jit

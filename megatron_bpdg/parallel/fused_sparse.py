@@ -143,13 +143,11 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_H,), tl.float32)
     for start in range(first, stop, BLOCK_E):
         place = start + tl.arange(0, BLOCK_E)
-        entry = tl.load(entries + place, mask=place < stop, other=0)
-        scale = tl.load(grad + entry, mask=place < stop, other=0.0)
-        a = tl.load(
-            hidden + (entry // k)[:, None] * hidden_size + at[None, :],
-            mask=(place[:, None] < stop) & (at[None, :] < hidden_size),
-            other=0.0,
-        )
+        here = place < stop
+        entry = tl.load(entries + place, mask=here, other=0)
+        scale = tl.load(grad + entry, mask=here, other=0.0)
+        token_row = hidden + (entry // k)[:, None] * hidden_size
+        a = tl.load(token_row + at[None, :], mask=here[:, None] & (at[None, :] < hidden_size), other=0.0)
         total += tl.sum(scale[:, None] * a.to(tl.float32), 0)
     out = grad_weight + row * hidden_size + at
     total += tl.load(out, mask=at < hidden_size, other=0.0).to(tl.float32)

@@ -28,17 +28,14 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, other: object) -> None:
-        return None
+    def wait_stream(self, other: object) -> None: ...
 
-    def wait_event(self, event: object) -> None:
-        return None
+    def wait_event(self, event: object) -> None: ...
 
     def record_event(self) -> _Stream:
         return self
 
-    def synchronize(self) -> None:
-        return None
+    def synchronize(self) -> None: ...
 
 
 # What it calls on torch.cuda, and what stands in for it.

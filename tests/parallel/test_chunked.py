@@ -124,9 +124,9 @@ def counts() -> dict[str, Any]:
     columns: list[int] = []
     product = ChunkedVocab.product
 
-    def counted(self: ChunkedVocab, hidden: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+    def counted(self: ChunkedVocab, start: int, stop: int) -> Tensor:
         columns.append(stop - start)
-        return product(self, hidden, weight, start, stop)
+        return product(self, start, stop)
 
     found: dict[str, Any] = {}
     # Chunks of three columns; room for none of them, for two and a half, and for all.

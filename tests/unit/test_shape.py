@@ -15,7 +15,8 @@ from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.models.rope import Yarn
-from megatron_bpdg.models.shape import SIZES, Experts, ModelShape, check_layout, padded_vocab_size
+from megatron_bpdg.models.shape import Experts, ModelShape, check_layout, padded_vocab_size
+from tests.published import SIZES
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 3,
