@@ -116,21 +116,6 @@ class ModelShape:
             qkv_bias=family.qkv_bias,
         )
 
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model, the tied embedding counted once, padding not."""
-        H, D = self.hidden_size, self.head_dim
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        attention = 2 * H * D * (heads + groups) + self.qk_norm * 2 * D + self.qkv_bias * D * (heads + 2 * groups)
-        layers = self.num_hidden_layers * (attention + 2 * H)
-        dense = self.num_hidden_layers
-        if self.experts is not None:
-            dense = len(self.experts.dense_layers)
-            one = self.experts.num_experts * (3 * H * self.experts.moe_intermediate_size + H)
-            layers += (self.num_hidden_layers - dense) * one
-        layers += dense * 3 * H * self.intermediate_size
-        return layers + self.vocab_size * H * (1 if self.tie_word_embeddings else 2) + H
-
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """Rows of the embedding over all ranks: the next multiple of the tensor-parallel size.
