@@ -58,10 +58,7 @@ class MegatronPolicy:
             scattered: keep only this rank's slice of the per-token results.
         """
         hidden_NH = response_states(
-            hidden_SBH,
-            batch.position_N,
-            group=self.mesh.tensor,
-            sequence_parallel=self.layout.sequence_parallel,
+            hidden_SBH, batch.position_N, group=self.mesh.tensor, sequence_parallel=self.layout.sequence_parallel
         )
         return self.head.vocab_ops(
             hidden_NH,

@@ -7,17 +7,14 @@ it needs K student logits per position and nothing of the log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bpdg.objectives.divergence import Total
+from megatron_bpdg.objectives.divergence import Divergence
 from megatron_bpdg.objectives.vocabulary import VocabOps
-
-Divergence = Callable[[Tensor, Tensor, Total], Tensor]
 
 
 def local_support_loss(

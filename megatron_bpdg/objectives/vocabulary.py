@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_bpdg.objectives.divergence import kl_terms
+
 # Rows per chunk of the top-K search, which holds one int64 per logit.
 _TOPK_ROWS = 256
 
@@ -114,9 +116,7 @@ class DenseVocab:
 
     def entropy(self) -> Tensor:
         log_p_NV = self.log_softmax()
-        possible = log_p_NV > -torch.inf
-        log_p_NV = torch.where(possible | log_p_NV.isnan(), log_p_NV, 0.0)
-        return -torch.where(possible | log_p_NV.isnan(), log_p_NV.exp() * log_p_NV, 0.0).sum(-1)
+        return -kl_terms(log_p_NV, torch.zeros_like(log_p_NV)).sum(-1)
 
     def log_softmax(self) -> Tensor:
         return self.logits_NV.log_softmax(-1)

@@ -27,6 +27,7 @@ BLOCK_HIDDEN = 64
 MIN_PARTS = 16
 MIN_PROGRAMS = 512
 
+# Kernels see no globals: `_gradient_` has these as numbers.
 _LSE, _LOGPROB, _ENTROPY = range(3)
 
 
