@@ -171,11 +171,11 @@ def merge_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k best of every shard's k best (or of all that it has), all rows on every rank."""
     # All ranks send k candidates, as collectives want it; what a shard narrower than that fills up with is cut off.
-    mine = [F.pad(candidates, (0, k - candidates.shape[1])) for candidates in (values_NC, ids_NC)]
     gathered = []
-    for candidates in mine:
-        everyones = [torch.empty_like(candidates) for _ in shards]
-        dist.all_gather(everyones, candidates, group=layout.group)
+    for candidates in (values_NC, ids_NC):
+        mine = F.pad(candidates, (0, k - candidates.shape[1]))
+        everyones = [torch.empty_like(mine) for _ in shards]
+        dist.all_gather(everyones, mine, group=layout.group)
         gathered.append(torch.cat([part[:, : len(ids)] for part, ids in zip(everyones, shards)], dim=1))
     return best_candidates(gathered[0], gathered[1], k)
 
