@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bpdg.models.families import FAMILIES
+from megatron_bpdg.models.rope import ROPE_SCALINGS
 
 _REQUIRED = (
     "num_hidden_layers",
@@ -68,20 +69,6 @@ _WITHOUT_EFFECT = {
     "transformers_version",
     "use_cache",
 }
-# Fields of a scaled rotary embedding, as transformers names them.
-_ROPE_FIELDS = {
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-}
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -121,14 +108,10 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 
 def hf_config_of(folder: Path | None, where: Path) -> dict[str, Any]:
-    """Config in a Megatron checkpoint's hf folder.
-
-    Args:
-        folder: the folder, None where there is none.
-        where: the checkpoint, for the message.
+    """Config in the hf folder of the Megatron checkpoint `where`.
 
     Raises:
-        FileNotFoundError: there is no folder; says what to do.
+        FileNotFoundError: it has no such folder; says what to do.
         ValueError: see `read_hf_config`.
     """
     if folder is None:
@@ -171,23 +154,25 @@ def _shown(value: Any) -> str:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary fields of either spelling together; `rope_parameters` (transformers 5) wins."""
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
 
 
 def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     rope = _rope(config)
     spelling = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return [f"{spelling}.partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1"]
     if kind == "default":
         return []
-    if kind not in _ROPE_FIELDS:
-        return [f"{spelling} of type {kind!r} is not supported (only 'default', {', '.join(map(repr, _ROPE_FIELDS))})"]
+    if kind not in ROPE_SCALINGS:
+        return [f"{spelling} of type {kind!r} is not supported (only 'default', {', '.join(map(repr, ROPE_SCALINGS))})"]
+    known = ROPE_SCALINGS[kind].__dataclass_fields__.keys()
     common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = [name for name, value in rope.items() if value is not None and name not in _ROPE_FIELDS[kind] | common]
+    unknown = [name for name, value in rope.items() if value is not None and name not in known | common]
     problems = [f"{spelling}.{name} is not known for type {kind!r}" for name in unknown]
-    required = {"factor"} if kind == "yarn" else _ROPE_FIELDS[kind]
+    required = {"factor"} if kind == "yarn" else known
     problems += [f"{spelling}.{name} is missing" for name in sorted(required) if rope.get(name) is None]
     return problems
 
@@ -197,13 +182,12 @@ def _normalise(config: dict[str, Any]) -> None:
     rope = _rope(config)
     if config.get("rope_theta") is None:
         config["rope_theta"] = rope.get("rope_theta") or family.rope_theta
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
     config["rope_scaling"] = None
-    if scaling != "default":
+    if (scaling := rope["rope_type"]) != "default":
         config["rope_scaling"] = {
             "original_max_position_embeddings": config.get("original_max_position_embeddings")
             or config.get("max_position_embeddings"),
-            **{name: rope[name] for name in _ROPE_FIELDS[scaling] if rope.get(name) is not None},
+            **{name: rope[name] for name in ROPE_SCALINGS[scaling].__dataclass_fields__ if rope.get(name) is not None},
             "rope_type": scaling,
         }
     dtype = config.get("dtype") or config.get("torch_dtype")
