@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bpdg.report.compare import before_and_after, points
+from megatron_bpdg.report.compare import before_and_after
 from megatron_bpdg.report.run import Floats, Run
 
 INERT_ESS = 0.99  # above it throughout, the gate changes no more than a hundredth of the batch's weight
@@ -58,7 +58,7 @@ def _findings(run: Run) -> Iterator[tuple[str, bool, str]]:
     rows = [(row, row.difference) for row in before_and_after(run) if row.difference is not None]
     if rows:
         fell = any(change.high < 0 for _, change in rows)
-        changes = [f"{row.benchmark} pass@{row.k} {points(change)}" for row, change in rows]
+        changes = [f"{row.benchmark} pass@{row.k} {change.points}" for row, change in rows]
         yield "pass@k holds", not fell, "; ".join(changes)
     if len(entropy := _finite(run, "actor/entropy")) and run.config.get("kind") != "sft":
         start, end = _ends(entropy)
