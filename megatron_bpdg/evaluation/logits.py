@@ -45,6 +45,7 @@ def verify_logits(hf: Path, megatron: Path, text: str) -> str:
         f"largest difference {difference:.3g} of logits up to {largest:.3g} over {len(ids_T)} tokens; same first "
         f"choice at {int((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).sum())}"
     )
+    # Written so that NaN is no agreement.
     if not difference <= TOLERANCE * max(1.0, largest):
         raise MappingError(f"HF transformers and Megatron-Core disagree: {words}")
     return f"logits agree: {words}"
