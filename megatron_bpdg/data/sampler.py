@@ -1,4 +1,4 @@
-"""Which problems each step trains on: seeded, without repeats within an epoch, the same after a resume."""
+"""Which problems each step trains on: seeded, without repeats within an epoch, whatever was asked before."""
 
 from __future__ import annotations
 
