@@ -40,7 +40,7 @@ class PromptSampler:
         if seed < 0:
             raise ValueError(f"seed = {seed} must not be negative")
         self.num_problems, self.per_step, self.seed = num_problems, per_step, seed
-        self._epoch, self._order = 0, self._permutation(0)
+        self._orders = [self._permutation(0)]
 
     def batch(self, step: int) -> list[int]:
         """Indices of the problems of `step`, counted from 0."""
@@ -53,11 +53,10 @@ class PromptSampler:
         return [int(index) for index in indices]
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        if epoch < self._epoch:
-            self._epoch, self._order = 0, self._permutation(0)
-        while self._epoch < epoch:
-            self._epoch, self._order = self._epoch + 1, self._following(self._epoch + 1, self._order)
-        return self._order
+        # All are kept, as an epoch's order builds on the one before: 8 bytes a problem and epoch.
+        while len(self._orders) <= epoch:
+            self._orders.append(self._following(len(self._orders), self._orders[-1]))
+        return self._orders[epoch]
 
     def _following(self, epoch: int, previous: NDArray[np.int64]) -> NDArray[np.int64]:
         order = self._permutation(epoch)

@@ -52,7 +52,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         else "",
         "Seed": cfg.get("seed"),
         "Steps": f"{run.metrics[-1]['step']} of {training.get('steps', '?')}" if run.metrics else "",
-        "Wall time": "" if run.wall_seconds is None else format_seconds(run.wall_seconds),
+        "Wall time": format_seconds(run.metrics[-1]["time"] - run.metrics[0]["time"]) if len(run.metrics) > 1 else "",
     }
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 

@@ -5,6 +5,7 @@ A rule is left out where the run recorded nothing that it could judge.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,10 +45,14 @@ def verdict(findings: list[Finding]) -> str:
 
 def _findings(run: Run) -> Iterator[tuple[str, bool, str]]:
     if run.metrics:
+        not_finite: dict[str, list[str]] = defaultdict(list)
+        for row in run.metrics:
+            for name in row["nonfinite"]:
+                not_finite[name].append(str(row["step"]))
         lines = [
             f"{name} was not finite at {len(steps)} step{'s' if len(steps) > 1 else ''} "
-            f"({', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''})"
-            for name, steps in run.nonfinite.items()
+            f"({', '.join(steps[:8])}{', ...' if len(steps) > 8 else ''})"
+            for name, steps in not_finite.items()
         ]
         yield "finite", not lines, "; ".join(lines) or "every metric was finite"
     ess = _finite(run, "gate/ess")
