@@ -17,18 +17,13 @@ class Stream(IntEnum):
 
 
 class PromptSampler:
-    """Goes through a new seeded permutation of the problems every epoch.
+    """Goes through a new seeded permutation of the problems, which are numbered from 0, every epoch.
 
     A batch may straddle two epochs; the new epoch's order then puts off the problems that the batch already has, so no
     batch has a problem twice. What `batch` returns depends on the arguments alone, not on earlier calls.
 
-    Args:
-        num_problems: number of problems; they are numbered from 0.
-        per_step: problems of a batch.
-        seed: not negative.
-
     Raises:
-        ValueError: a batch does not fit into the problems.
+        ValueError: a batch of `per_step` does not fit into the problems, or the seed is negative.
     """
 
     def __init__(self, num_problems: int, per_step: int, seed: int) -> None:

@@ -20,7 +20,6 @@ class EvalResult:
     """One evaluation.
 
     Attributes:
-        benchmark: name of the benchmark.
         step: optimizer-side step after which it was made; 0 is before training.
         samples: responses per problem (n of pass@k).
         problem_ids: ids ``[P]``, each once.

@@ -39,7 +39,9 @@ def verify_logits(hf: Path, megatron: Path, text: str) -> str:
     ids_T = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     if not len(ids_T):
         raise ValueError(f"the probe text {text!r} has no tokens")
-    ours_TV, theirs_TV = _megatron_logits(megatron, ids_T), _hf_logits(hf, ids_T)
+    ours_TV = _megatron_logits(megatron, ids_T)
+    theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
+    theirs_TV = theirs(ids_T[None]).logits[0].float()
     largest, difference = float(theirs_TV.abs().max()), float((ours_TV - theirs_TV).abs().max())
     words = (
         f"largest difference {difference:.3g} of logits up to {largest:.3g} over {len(ids_T)} tokens; same first "
@@ -49,11 +51,6 @@ def verify_logits(hf: Path, megatron: Path, text: str) -> str:
     if not difference <= TOLERANCE * max(1.0, largest):
         raise MappingError(f"HF transformers and Megatron-Core disagree: {words}")
     return f"logits agree: {words}"
-
-
-def _hf_logits(hf: Path, ids_T: Tensor) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
-    return model(ids_T[None]).logits[0].float()
 
 
 def _megatron_logits(megatron: Path, ids_T: Tensor) -> Tensor:
