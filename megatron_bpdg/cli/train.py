@@ -15,15 +15,13 @@ from megatron_bpdg.parallel.launch import launch
 if TYPE_CHECKING:
     from megatron_bpdg.config.schema import RunConfig
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes to the config, e.g. `training.lr=1e-6 gate.partition.size=32 gate=null`."),
-]
-
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see `bpdg schema` for every field.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the config, e.g. `training.lr=1e-6 gate.partition.size=32 gate=null`."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Delete the run directory first if it exists.")] = False,
     check: Annotated[bool, typer.Option(help="Only validate the config and the paths it names.")] = False,
 ) -> None:

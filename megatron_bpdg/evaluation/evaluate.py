@@ -14,7 +14,7 @@ from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.graders import Grader
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, Prompts, encode_prompts, load_problems, special_ids
+from megatron_bpdg.data.prompts import Prompts, encode_prompts, load_problems, special_ids
 from megatron_bpdg.data.sampler import Stream
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.models.hf_config import read_hf_config
@@ -103,7 +103,7 @@ def evaluate_checkpoint(
         engine = EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=batch_size, dtype=dtype)
         engine.load_weights(iter_checkpoint(checkpoint), version=0, probe=None)
         for path in data:
-            problems = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
+            problems = load_problems(path)[:limit]
             prompts = encode_prompts(problems, tokenizer, chat_template=chat_template, max_prompt_tokens=longest)
             result = evaluate(
                 engine, path.stem, prompts, tokenizer, grader, sampling, samples=samples, step=0, seed=seed
