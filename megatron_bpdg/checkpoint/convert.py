@@ -20,12 +20,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.directory import RELEASE, Source, write_hf_folder
+from megatron_bpdg.checkpoint.directory import HF_FOLDER, RELEASE, Source, write_hf_folder
 from megatron_bpdg.checkpoint.files import check_disk_space, check_free, copy_sidecars, staged_directory
 from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
     HFCheckpoint,
     Shard,
+    dtype_name,
     hf_plan,
     plan_shards,
     same_bytes,
@@ -34,14 +35,12 @@ from megatron_bpdg.checkpoint.hf import (
     write_shard,
 )
 from megatron_bpdg.checkpoint.legacy import is_legacy
-from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
+from megatron_bpdg.checkpoint.mapping import EMBEDDING, MappingError
 from megatron_bpdg.checkpoint.patterns import Shape, Weight
-from megatron_bpdg.checkpoint.source import Cast, SourceModel, is_megatron, open_source
-from megatron_bpdg.checkpoint.torch_dist import is_torch_dist
+from megatron_bpdg.checkpoint.source import SourceModel, is_megatron, open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import (
     MAX_FILE_SIZE,
     check_stacked_dtypes,
-    weight_bytes,
     write_dist_common,
     write_torch_dist,
 )
@@ -111,9 +110,9 @@ def convert(
     to_hf = is_megatron(source) if to is None else to == "hf"
     if to_hf and not is_megatron(source):
         raise ValueError(f"{source} is not a Megatron checkpoint: it cannot be converted to HF")
-    if not to_hf and is_torch_dist(source) and not is_legacy(source):
+    if not to_hf and is_megatron(source) and not is_legacy(source):
         raise ValueError(f"{source} is a Megatron checkpoint already; it loads at any parallel layout as it is")
-    if agree is not None and is_megatron(source) and not is_torch_dist(source):
+    if agree is not None and is_legacy(source):
         raise ValueError(
             "--verify-logits compares an HF directory with a torch_dist checkpoint, not with mp_rank files"
         )
@@ -176,32 +175,21 @@ def hf_to_megatron(
         RuntimeError: another rank failed.
         ValueError: a model or feature that is not supported; `dst` holds the source.
     """
-    cast = Cast(options.dtype)
-    model = open_source(Path(src), hf_source, mixed=options.dtype is not None)
-    mapping = model.mapping
-    dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    check_stacked_dtypes(mapping, dtypes)
+    model = open_source(Path(src), hf_source, options.dtype)
+    check_stacked_dtypes(model)
 
     def write(building: Path, transfer: Transfer) -> None:
-        write_torch_dist(
-            building / RELEASE,
-            mapping,
-            dtypes,
-            lambda weight: model.read(weight, cast),
-            lambda weight: _cost(model, weight, cast),
-            transfer,
-            max_file_size=options.max_file_size or MAX_FILE_SIZE,
-        )
+        write_torch_dist(building / RELEASE, model, transfer, max_file_size=options.max_file_size or MAX_FILE_SIZE)
 
     def finish(building: Path) -> None:
         write_dist_common(building, model.config)
-        dtype = str(dtypes[mapping.embedding.key]).removeprefix("torch.")
+        dtype = dtype_name(model.dtypes[EMBEDDING])
         write_hf_folder(building, model.hf_folder, Source(model.has_lm_head, model.config["vocab_size"], dtype))
         if options.dtype is not None:
-            set_config_dtype(building / "hf" / "config.json", options.dtype)
+            set_config_dtype(building / HF_FOLDER / "config.json", options.dtype)
 
-    sizes = [weight_bytes(weight, dtypes[weight.key]) for weight in mapping.weights]
-    return _convert(model, Path(dst), "to Megatron", sizes, write, finish, cast, options, console)
+    sizes = [model.num_bytes(weight) for weight in model.mapping.weights]
+    return _convert(model, Path(dst), "to Megatron", sizes, write, finish, options, console)
 
 
 def megatron_to_hf(
@@ -226,25 +214,20 @@ def megatron_to_hf(
     Raises:
         As `hf_to_megatron`.
     """
-    cast = Cast(options.dtype)
-    model = open_source(Path(src), hf_source, mixed=options.dtype is not None)
+    model = open_source(Path(src), hf_source, options.dtype)
     mapping = model.mapping
-    dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    plan = hf_plan(mapping, dtypes, lm_head=model.has_lm_head)
+    plan = hf_plan(mapping, model.dtypes, lm_head=model.has_lm_head)
     shards = plan_shards(plan, options.max_file_size or MAX_SHARD_SIZE)
-    weight_of = {name: weight for weight in mapping.weights for name in weight.hf_names}
-    if mapping.tied:
-        weight_of[LM_HEAD] = mapping.embedding
+    weight_of = {name: weight for weight in mapping.weights for name in mapping.hf_shapes(weight, lm_head=True)}
 
     def tensors(shard: Shard, transfer: Transfer) -> Iterator[tuple[str, Tensor]]:
         """What a file holds; its neighbours from one Megatron tensor are read together."""
         for weight, group in groupby(shard.tensors, lambda tensor: weight_of[tensor.name]):
             planned = list(group)
-            with transfer.tensor(sum(t.num_bytes for t in planned), _cost(model, weight, cast)):
-                parts = weight.split(model.read(weight, cast))
+            with transfer.tensor(sum(tensor.num_bytes for tensor in planned), model.cost(weight)):
+                parts = mapping.hf_parts(weight, model.read(weight), lm_head=True)
                 for tensor in planned:
-                    # A tied model's repeated head is the only tensor under a name that its weight does not know.
-                    yield tensor.name, parts[tensor.name if tensor.name in parts else weight.hf_names[0]]
+                    yield tensor.name, parts[tensor.name]
                 del parts
 
     def write(building: Path, transfer: Transfer) -> None:
@@ -258,14 +241,7 @@ def megatron_to_hf(
             set_config_dtype(building / "config.json", options.dtype)
 
     sizes = [shard.num_bytes for shard in shards]
-    return _convert(model, Path(dst), "to HF", sizes, write, finish, cast, options, console)
-
-
-def _cost(model: SourceModel, weight: Weight, cast: Cast) -> int:
-    """Bytes held while a tensor is under way: its parts as read, and joined, cast or split."""
-    dtype = model.dtypes[weight.key]
-    read, made = weight_bytes(weight, dtype), weight_bytes(weight, cast.of(dtype))
-    return read + made if len(weight.hf_names) > 1 or cast.of(dtype) != dtype else read
+    return _convert(model, Path(dst), "to HF", sizes, write, finish, options, console)
 
 
 def _convert(
@@ -275,12 +251,11 @@ def _convert(
     sizes: list[int],
     write: Callable[[Path, Transfer], object],
     finish: Callable[[Path], None],
-    cast: Cast,
     options: Options,
     console: Console | None,
 ) -> Path:
     """Build `dst`: `write` by all ranks, each its share of the parts whose `sizes` are given, `finish` by the first."""
-    for file in (*model.files, model.hf_folder / "config.json"):
+    for file in (*model.checkpoint.files, model.hf_folder / "config.json"):
         if dst.resolve() in file.resolve().parents:
             raise ValueError(f"{dst} holds {file}, which the conversion reads: choose another destination")
 
@@ -294,11 +269,11 @@ def _convert(
         with progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance:
             write(building, Transfer(options.workers, options.memory, advance))
         on_first(lambda: finish(building))
-    cast.merge(everyone(cast.counts))
+    model.cast.merge(everyone(model.cast.counts))
     if console is not None:
         seconds, total = time.monotonic() - started, sum(sizes) / 1e9
         console.print(f"{title}: {total:.2f} GB in {seconds:.1f} s ({total / seconds:.2f} GB/s)")
-        console.print(cast.statement())
+        console.print(model.cast.statement())
     return dst
 
 
@@ -354,17 +329,17 @@ def verify_conversion(
     Returns:
         Every difference; on every rank, those of all ranks.
     """
-    left, right = open_source(source, hf_source, mixed=options.dtype is not None), open_source(target)
+    left, right = open_source(source, hf_source, options.dtype), open_source(target)
     ours, theirs = (model.mapping.hf_tensors(lm_head=model.has_lm_head) for model in (left, right))
     differences = _unshared(ours, source, theirs, target)
     if left.mapping.by_key.keys() != right.mapping.by_key.keys():
         return differences
-    transfer, cast = Transfer(options.workers, options.memory), Cast(options.dtype)
+    transfer = Transfer(options.workers, options.memory)
 
     def compare(weight: Weight) -> list[str]:
-        size = weight_bytes(weight, left.dtypes[weight.key])
+        size = weight.num_bytes(left.stored[weight.key])
         with transfer.tensor(size, 3 * size):
-            ours, theirs = left.parts(weight, cast), right.parts(right.mapping.by_key[weight.key], Cast())
+            ours, theirs = left.parts(weight), right.parts(right.mapping.by_key[weight.key])
             pairs = {name: _difference(ours[name], theirs[name]) for name in weight.hf_names}
             return [f"{name}: {difference}" for name, difference in pairs.items() if difference]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_bpdg.checkpoint.directory import read_source
 from megatron_bpdg.checkpoint.files import in_files
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError, ModelMapping, mapping_for
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Shape
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.tracking.files import write_text
 
@@ -153,6 +153,11 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -298,31 +303,19 @@ def emits_lm_head(hf_folder: Path) -> bool:
 
 
 def hf_plan(mapping: ModelMapping, dtypes: Mapping[str, torch.dtype], *, lm_head: bool) -> list[TensorPlan]:
-    """What `hf_parts` will yield over all weights, by canonical key's dtype."""
-    plan = []
-    for weight in mapping.weights:
-        plan += [
-            TensorPlan(name, shape, dtypes[weight.key])
-            for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
-        ]
-        if mapping.tied and lm_head and weight is mapping.embedding:
-            plan.append(TensorPlan(LM_HEAD, weight.hf_shapes[0], dtypes[weight.key]))
-    return plan
-
-
-def hf_parts(mapping: ModelMapping, weight: Weight, full: Tensor, *, lm_head: bool) -> Iterator[tuple[str, Tensor]]:
-    """The HF tensors of one full Megatron tensor; for a tied model with `lm_head`, the embedding under both names."""
-    for name, tensor in weight.megatron_to_hf(full).items():
-        yield name, tensor
-        if mapping.tied and lm_head and weight is mapping.embedding:
-            yield LM_HEAD, tensor
+    """What `ModelMapping.hf_parts` gives over all weights, by canonical key's dtype."""
+    return [
+        TensorPlan(name, shape, dtypes[weight.key])
+        for weight in mapping.weights
+        for name, shape in mapping.hf_shapes(weight, lm_head).items()
+    ]
 
 
 def set_config_dtype(file: Path, dtype: torch.dtype) -> None:
     """Make config.json name the dtype that the weights now have, in the spelling the file uses."""
     config = json.loads(file.read_text(encoding="utf-8"))
     field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if config.get(field) == (name := str(dtype).removeprefix("torch.")):
+    if config.get(field) == (name := dtype_name(dtype)):
         return
     config[field] = name
     write_text(file, json.dumps(config, indent=2) + "\n")

@@ -25,8 +25,8 @@ from megatron_bpdg.checkpoint.files import copy_sidecars, publish_directory, sta
 from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
     HFCheckpoint,
+    dtype_name,
     emits_lm_head,
-    hf_parts,
     hf_plan,
     plan_shards,
     set_config_dtype,
@@ -34,7 +34,7 @@ from megatron_bpdg.checkpoint.hf import (
     write_shard,
 )
 from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
-from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
 from megatron_bpdg.models.hf_config import hf_config_of, read_hf_config
@@ -267,7 +267,8 @@ def iter_hf_weights(
     stage = _Stage.of(chunks, config)
     for weight in stage.mapping.weights:
         full = stage.full(weight, dtype)
-        yield from hf_parts(stage.mapping, weight, full, lm_head=lm_head)
+        for name, part in stage.mapping.hf_parts(weight, full, lm_head).items():
+            yield name, owned(part)
 
 
 def save_hf(
@@ -356,7 +357,7 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
 
     def publish() -> None:
         if not (path / "hf" / "config.json").is_file():
-            dtype = str(stage.owners[EMBEDDING][2]).removeprefix("torch.")
+            dtype = dtype_name(stage.owners[EMBEDDING][2])
             write_hf_folder(path, hf_source, Source(emits_lm_head(hf_source), config["vocab_size"], dtype))
         publish_directory(staging, step)
         write_text(path / TRACKER_FILE, str(iteration))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from megatron_bpdg.checkpoint.patterns import (
     QKV,
     ExpertGatedMLP,
@@ -106,16 +108,24 @@ class ModelMapping:
             return self.embedding
         return self.by_key[key]
 
+    def hf_shapes(self, weight: Weight, lm_head: bool = False) -> dict[str, Shape]:
+        """Names and shapes of the HF tensors of one weight; `lm_head` adds a tied model's redundant head."""
+        shapes = dict(zip(weight.hf_names, weight.hf_shapes, strict=True))
+        if lm_head and self.tied and weight.key == EMBEDDING:
+            shapes[LM_HEAD] = shapes[HF_EMBEDDING]
+        return shapes
+
+    def hf_parts(self, weight: Weight, full: Tensor, lm_head: bool = False) -> dict[str, Tensor]:
+        """The HF tensors of one full Megatron tensor, views of it where the layout allows, under those names."""
+        parts = weight.split(full)
+        if lm_head and self.tied and weight.key == EMBEDDING:
+            parts[LM_HEAD] = parts[HF_EMBEDDING]
+        return parts
+
     def hf_tensors(self, lm_head: bool = False) -> dict[str, Shape]:
-        """Names and shapes of the HF checkpoint; `lm_head` adds the redundant head of a tied model."""
-        tensors = {
-            name: shape
-            for weight in self.weights
-            for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
-        }
-        if self.tied and lm_head:
-            tensors[LM_HEAD] = self.embedding.hf_shapes[0]
-        return tensors
+        """Names and shapes of the whole HF checkpoint; see `hf_shapes`."""
+        shapes = (self.hf_shapes(weight, lm_head) for weight in self.weights)
+        return {name: shape for tensors in shapes for name, shape in tensors.items()}
 
     def check_hf(self, found: Mapping[str, Shape], where: str) -> None:
         """Raise MappingError, listing every problem, unless `found` is exactly this model's HF checkpoint.

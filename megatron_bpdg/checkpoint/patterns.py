@@ -6,6 +6,7 @@ Shapes: V vocabulary, H hidden, F feed-forward, N query heads, G query groups (k
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class Weight(ABC):
         rows = sum(shape[0] for shape in self.hf_shapes)
         return (rows, *self.hf_shapes[0][1:])
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Size of the full tensor."""
+        return math.prod(self.megatron_shape) * dtype.itemsize
+
     def accepts(self, shape: Shape) -> bool:
         """Whether a stored full tensor of this shape can be read."""
         return shape == self.megatron_shape
@@ -85,10 +90,6 @@ class Weight(ABC):
     def split(self, full: Tensor) -> dict[str, Tensor]:
         """Full Megatron tensor -> HF name to tensor, views of it where the layout allows."""
         return dict(zip(self.hf_names, self._split(full), strict=True))
-
-    def megatron_to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        """Full Megatron tensor -> HF name to tensor; each tensor owns exactly its own storage."""
-        return {name: owned(part) for name, part in self.split(full).items()}
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """The part of the full Megatron tensor that tensor-parallel rank `tp_rank` of `tp_size` holds."""

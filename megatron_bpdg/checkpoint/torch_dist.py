@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory, checkpoints_of
 from megatron_bpdg.checkpoint.mapping import ModelMapping
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.raw import load_piece, read_stored
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -43,27 +43,29 @@ _OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
 
 @dataclass(frozen=True)
 class StackedKey:
-    """Where a canonical key's tensor is within a stored one.
+    """Where a tensor is within a stored one.
 
     Attributes:
         key: name in the file.
         index: its place in the leading dimensions of the stored tensor (layer, expert), those that are stacked.
+        sizes: of these dimensions.
     """
 
     key: str
     index: Shape = ()
+    sizes: Shape = ()
 
 
-def stacked_key(key: str, *, layers: bool = True) -> StackedKey:
-    """Canonical key -> where Megatron-Core stores it, with or without stacked layers; experts are always stacked."""
-    index: list[int] = []
-    if layers and (layer := _LAYER.match(key)):
+def stacked_key(weight: Weight, mapping: ModelMapping) -> StackedKey:
+    """Where Megatron-Core stores a tensor: layers are stacked where all have the same tensors, experts always."""
+    key, index, sizes = weight.key, Shape(), Shape()
+    if mapping.homogeneous and (layer := _LAYER.match(key)):
         key = _STACKED + key[layer.end() :]
-        index.append(int(layer.group(1)))
-    if expert := _EXPERT.search(key):
-        key = f"{key[: expert.start()]}{_EXPERTS}{key[expert.end() :]}"
-        index.append(int(expert.group(1)))
-    return StackedKey(key, tuple(index))
+        index, sizes = (int(layer.group(1)),), (len(mapping.moe_layers),)
+    if isinstance(weight, Expert):
+        key = key.replace(f"{_EXPERTS}{weight.expert}.", _EXPERTS)
+        index, sizes = (*index, weight.expert), (*sizes, weight.num_experts)
+    return StackedKey(key, index, sizes)
 
 
 _METADATA_CLASSES = {

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -66,7 +67,8 @@ class Transfer:
     def run(self, jobs: Iterable[Callable[[], Result]]) -> list[Result]:
         """Results of all jobs, in order. The first error (or an interrupt) ends the others at their next tensor."""
         with ThreadPoolExecutor(self._workers) as pool:
-            running = [pool.submit(job) for job in jobs]
+            # torch keeps options in context variables, which threads do not take over by themselves.
+            running = [pool.submit(copy_context().run, job) for job in jobs]
             try:
                 for future in as_completed(running):
                     future.result()

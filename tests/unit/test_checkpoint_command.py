@@ -50,12 +50,15 @@ def test_verify_finds_what_a_broken_conversion_did(tmp_path: Path, monkeypatch: 
 
     write = convert.write_torch_dist
 
-    def broken(step: Path, mapping: Any, dtypes: Any, read: Any, *args: Any, **kwargs: Any) -> None:
+    def broken(step: Path, model: Any, *args: Any, **kwargs: Any) -> None:
+        read = model.read
+
         def swapped(weight: Any) -> torch.Tensor:
             tensor = read(weight)
             return tensor.roll(1, -1) if weight.key.endswith("linear_proj.weight") else tensor
 
-        write(step, mapping, dtypes, swapped, *args, **kwargs)
+        model.read = swapped
+        write(step, model, *args, **kwargs)
 
     monkeypatch.setattr(convert, "write_torch_dist", broken)
     hf = save_tiny(tmp_path / "hf", tied=False, num_hidden_layers=2)

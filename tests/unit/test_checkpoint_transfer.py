@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ def test_a_failure_stops_the_other_threads() -> None:
     with pytest.raises(OSError, match="bad sector"):
         transfer.run([fails, *(partial(long, f"long{i}") for i in range(4))])
     assert done == []
+
+
+def test_threads_see_the_options_of_who_called_them() -> None:
+    """torch keeps those of `torch.save` in context variables."""
+    option = ContextVar("option", default="the default")
+    option.set("the caller's")
+    assert Transfer(workers=2, memory=1).run([option.get] * 3) == ["the caller's"] * 3
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
