@@ -108,7 +108,7 @@ def save_legacy(hf: Path, path: Path, layout: LegacyLayout, *, padded_rows: int 
 def _local_name(key: str, weight: Any, layout: LegacyLayout) -> str:
     if isinstance(weight, Expert):
         prefix, _, suffix = key.partition(f"experts.experts.{weight.expert}.")
-        local = weight.local_expert(layout.expert)
+        local = weight.expert % (weight.num_experts // layout.expert)
         if layout.spec == "torch":
             return f"{prefix}experts.local_experts.{local}.{suffix}"
         return f"{prefix}experts.{suffix}{local}"

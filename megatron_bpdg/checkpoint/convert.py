@@ -284,7 +284,7 @@ def compare_hf(a: str | Path, b: str | Path) -> list[str]:
     """
     left, right = HFCheckpoint(a), HFCheckpoint(b)
     differences = _unshared(left.shapes, left.path, right.shapes, right.path)
-    for name in left.names:
+    for name in left.shapes:
         if name in right.shapes and (difference := _difference(left.read(name), right.read(name))):
             differences.append(f"{name}: {difference}")
     return differences

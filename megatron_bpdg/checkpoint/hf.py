@@ -95,27 +95,14 @@ class HFCheckpoint:
         return located
 
     @property
-    def names(self) -> list[str]:
-        return list(self.shapes)
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head shares the embedding, from the config."""
-        return bool(self.config["tie_word_embeddings"])
-
-    @property
     def has_lm_head(self) -> bool:
         """Whether `lm_head.weight` is stored; some tied releases carry it."""
         return LM_HEAD in self.shapes
 
     @property
-    def num_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(self.tensor_bytes(name) for name in self.names)
-
-    def tensor_bytes(self, name: str) -> int:
-        """Size of a tensor."""
-        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
+    def stored_sizes(self) -> list[tuple[torch.dtype, int]]:
+        """dtype and bytes of every tensor."""
+        return [(dtype, math.prod(self.shapes[name]) * dtype.itemsize) for name, dtype in self.dtypes.items()]
 
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
         """A tensor, or ``[start, start + length)`` of its dimension `dim`, from disk. A `patterns.TensorReader`."""
@@ -135,7 +122,7 @@ class HFCheckpoint:
         A tied model's `lm_head.weight` may be present if it equals the embedding.
         """
         self.mapping.check_hf(self.shapes, str(self.path))
-        if not (self.tied and self.has_lm_head):
+        if not (self.mapping.tied and self.has_lm_head):
             return
         rows = self.shapes[LM_HEAD][0]
         for start in range(0, rows, _COMPARE_ROWS):

@@ -45,30 +45,6 @@ _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """One direction in which ranks share the model: my place in it and my group."""
-
-    group: dist.ProcessGroup
-    rank: int
-    size: int
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup) -> _Axis:
-        return cls(group, dist.get_rank(group), dist.get_world_size(group))
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """From the rank at place `source`, into `tensor` everywhere else."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=dist.get_global_rank(self.group, source), group=self.group)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The equally shaped tensors of all places, in order."""
-        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(tensors, tensor, group=self.group)
-        return tensors
-
-
-@dataclass(frozen=True)
 class _Stage:
     """This rank's parameters and the mapping of the whole model at its padded vocabulary.
 
@@ -83,10 +59,10 @@ class _Stage:
     mapping: ModelMapping
     parameters: dict[str, nn.Parameter]
     owners: dict[str, tuple[int, Shape, torch.dtype]]
-    pipeline: _Axis
-    expert: _Axis
-    tensor: _Axis
-    expert_tensor: _Axis
+    pipeline: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    expert_tensor: dist.ProcessGroup
 
     @classmethod
     def of(cls, chunks: Sequence[nn.Module], config: Mapping[str, Any]) -> _Stage:
@@ -96,15 +72,15 @@ class _Stage:
         them, listing every problem of every stage, unless the stages together hold each weight exactly once and in
         the right shape.
         """
-        pipeline = _Axis.of(parallel_state.get_pipeline_model_parallel_group())
-        expert = _Axis.of(parallel_state.get_expert_model_parallel_group())
-        tensor = _Axis.of(parallel_state.get_tensor_model_parallel_group())
-        expert_tensor = _Axis.of(parallel_state.get_expert_tensor_parallel_group())
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        expert = parallel_state.get_expert_model_parallel_group()
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        expert_tensor = parallel_state.get_expert_tensor_parallel_group()
         named = _global_names(chunks)
-        vocab_rows = [named[key].shape[0] * tensor.size for key in (EMBEDDING, OUTPUT_LAYER) if key in named]
+        vocab_rows = [named[key].shape[0] * tensor.size() for key in (EMBEDDING, OUTPUT_LAYER) if key in named]
         padded = vocab_rows[0] if vocab_rows and vocab_rows[0] >= config["vocab_size"] else None
         mapping = mapping_for(config, padded)
-        first_expert = config.get("num_experts", 0) // expert.size * expert.rank
+        first_expert = config.get("num_experts", 0) // expert.size() * expert.rank()
         parameters = {mapping.canonical(name, first_expert): parameter for name, parameter in named.items()}
         held: dict[str, tuple[Shape, torch.dtype]] = {}
         wrong: dict[str, str] = {}
@@ -115,11 +91,11 @@ class _Stage:
             weight = mapping.by_key.get(key)
             if weight is not None:
                 cut = expert_tensor if isinstance(weight, Expert) else tensor
-                if problem := _shard_problem(weight, shape, cut.size):
+                if problem := _shard_problem(weight, shape, cut.size()):
                     wrong[key] = problem
         # Ranks that differ in their tensor-parallel place alone say the same.
         group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-        said = everyone((pipeline.rank, held, wrong), group)
+        said = everyone((pipeline.rank(), held, wrong), group)
         owners: dict[str, tuple[int, Shape, torch.dtype]] = {}
         for rank, their_held, their_wrong in sorted(said, key=lambda one: one[0]):
             wrong |= their_wrong
@@ -130,7 +106,7 @@ class _Stage:
         raise_on_mismatch(mapping.by_key, owners, wrong, "live model")
         return cls(mapping, parameters, owners, pipeline, expert, tensor, expert_tensor)
 
-    def cut(self, weight: Weight) -> _Axis:
+    def cut(self, weight: Weight) -> dist.ProcessGroup:
         """Over which ranks this weight's matrix is cut."""
         return self.expert_tensor if isinstance(weight, Expert) else self.tensor
 
@@ -144,11 +120,15 @@ class _Stage:
         else:
             device = next(iter(self.parameters.values())).device
             shard = torch.empty(shape, dtype=dtype or held_dtype, device=device)
-        if isinstance(weight, Expert) and self.pipeline.rank == owner:
-            self.expert.broadcast(shard, weight.ep_rank(self.expert.size))
-        self.pipeline.broadcast(shard, owner)
-        axis = self.cut(weight)
-        shards = axis.gather(shard) if axis.size > 1 and weight.tp_dim is not None else [shard]
+        if isinstance(weight, Expert) and self.pipeline.rank() == owner and self.expert.size() > 1:
+            dist.broadcast(shard, group=self.expert, group_src=weight.ep_rank(self.expert.size()))
+        if self.pipeline.size() > 1:
+            dist.broadcast(shard, group=self.pipeline, group_src=owner)
+        cut = self.cut(weight)
+        if weight.tp_dim is None or cut.size() == 1:
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(cut.size())]
+        dist.all_gather(shards, shard, group=cut)
         return weight.unshard(shards)
 
 
@@ -188,7 +168,6 @@ def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any
     are cast to the parameters' dtype. Padded vocabulary rows become zero; with tied embeddings both copies are filled.
 
     Args:
-        chunks: this rank's model chunks.
         path: HF model directory, or checkpoint directory with an hf folder.
 
     Returns:
@@ -203,7 +182,13 @@ def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any
         checkpoint = TorchDistCheckpoint(path)
         config = hf_config_of(checkpoint.hf_folder, checkpoint.root)
         checkpoint.check(mapping_for(config))
-        _fill(chunks, config, _torch_dist_shards(checkpoint))
+
+        def read_shard(weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
+            # Through the HF parts: the stored vocabulary padding need not be this model's.
+            parts = weight.split(checkpoint.read_weight(weight))
+            return weight.shard(weight.hf_to_megatron(list(parts.values())), tp_rank, tp_size)
+
+        _fill(chunks, config, read_shard)
         return config
     hf = HFCheckpoint(path)
     hf.check()
@@ -211,25 +196,13 @@ def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any
     return hf.config
 
 
-ReadShard = Callable[[Weight, int, int], Tensor]
-
-
-def _torch_dist_shards(checkpoint: TorchDistCheckpoint) -> ReadShard:
-    def read(weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
-        # Through the HF parts: the stored vocabulary padding need not be this model's.
-        parts = weight.split(checkpoint.read_weight(weight))
-        return weight.shard(weight.hf_to_megatron(list(parts.values())), tp_rank, tp_size)
-
-    return read
-
-
-def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: ReadShard) -> None:
+def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: Callable[[Weight, int, int], Tensor]) -> None:
     stage = _Stage.of(chunks, config)
     with torch.no_grad():
         for key, parameter in stage.parameters.items():
             weight = stage.mapping.weight_for(key)
-            axis = stage.cut(weight)
-            shard = read(weight, axis.rank, axis.size)
+            cut = stage.cut(weight)
+            shard = read(weight, cut.rank(), cut.size())
             if shard.shape != parameter.shape:
                 raise ValueError(f"{key}: read {tuple(shard.shape)} for a parameter of {tuple(parameter.shape)}")
             parameter.copy_(shard)
@@ -253,7 +226,6 @@ def iter_hf_weights(
     embeddings come once.
 
     Args:
-        chunks: this rank's model chunks.
         config: normalised HF config (see `hf.read_hf_config`): the true vocabulary is not in the model.
         dtype: cast to this before communication; None: as the parameters are.
         lm_head: for a tied model, yield the embedding as `lm_head.weight` too.
@@ -283,7 +255,6 @@ def save_hf(
     """Write a live model as an HF directory. Collective over all ranks; global rank 0 writes.
 
     Args:
-        chunks: this rank's model chunks.
         hf_source: HF directory (or a checkpoint's hf folder) that gives config and tokenizer.
         path: new HF directory.
         dtype: cast to this; None: as the parameters are.
@@ -308,17 +279,18 @@ def save_hf(
             pass
 
 
+@dataclass(frozen=True)
 class LiveWeights:
     """`megatron_bpdg.serving.sglang.weights.base.Weights` of a Megatron model.
 
-    Args:
-        chunks: this rank's model chunks.
+    Attributes:
         hf_config: normalised HF config.
         hf_folder: gives config and tokenizer of the saved directory.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], hf_config: Mapping[str, Any], hf_folder: Path) -> None:
-        self.chunks, self.hf_config, self.hf_folder = chunks, hf_config, hf_folder
+    chunks: Sequence[nn.Module]
+    hf_config: Mapping[str, Any]
+    hf_folder: Path
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter_hf_weights(self.chunks, self.hf_config)
@@ -337,7 +309,6 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
     complete; a step saved before under the same number is replaced.
 
     Args:
-        chunks: this rank's model chunks.
         path: checkpoint directory on a file system that all ranks share.
         hf_source: HF directory (or a checkpoint's hf folder) that gives config and tokenizer.
         iteration: the step's number.

@@ -283,22 +283,15 @@ class Expert(Weight):
     expert: int = 0
     num_experts: int = 1
 
-    def _experts_per_rank(self, ep_size: int) -> int:
-        if self.num_experts % ep_size:
-            raise ValueError(f"{self.key}: expert-parallel size {ep_size} does not divide {self.num_experts} experts")
-        return self.num_experts // ep_size
-
     def ep_rank(self, ep_size: int) -> int:
         """The expert-parallel rank that holds this expert.
 
         Raises:
             ValueError: where `ep_size` does not divide E.
         """
-        return self.expert // self._experts_per_rank(ep_size)
-
-    def local_expert(self, ep_size: int) -> int:
-        """The expert's index on that rank."""
-        return self.expert % self._experts_per_rank(ep_size)
+        if self.num_experts % ep_size:
+            raise ValueError(f"{self.key}: expert-parallel size {ep_size} does not divide {self.num_experts} experts")
+        return self.expert // (self.num_experts // ep_size)
 
 
 class ExpertGatedMLP(Expert, GatedMLP):

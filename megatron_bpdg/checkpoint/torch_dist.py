@@ -19,6 +19,7 @@ import itertools
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory, checkpoints_of
 from megatron_bpdg.checkpoint.mapping import ModelMapping
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
-from megatron_bpdg.checkpoint.raw import load_piece, read_stored
+from megatron_bpdg.checkpoint.raw import arguments_of, load_foreign, load_piece, read_stored
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = "decoder.layers."
@@ -183,6 +184,12 @@ class TorchDistCheckpoint(StepDirectory):
     def stacked(self) -> bool:
         """Whether one stored tensor holds all layers."""
         return not any(_LAYER.match(key) for key in self._metadata.state_dict_metadata)
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Megatron-LM's, where they were saved."""
+        file = self.directory / "common.pt"
+        return arguments_of(load_foreign(file)) if file.is_file() else {}
 
     @property
     def has_optimizer(self) -> bool:

@@ -71,6 +71,8 @@ def test_legacy_files_can_become_either_format(tmp_path: Path) -> None:
     legacy = save_legacy(hf, tmp_path / "legacy", LegacyLayout(tensor=2, pipeline=2))
     bpdg("convert", legacy, tmp_path / "back", "--hf-source", hf, "--verify")
     assert compare_hf(hf, tmp_path / "back") == []
+    with pytest.raises(ValueError, match="not with mp_rank files"):
+        bpdg("convert", legacy, tmp_path / "megatron", "--hf-source", hf, "--verify-logits", "1+1=")
     bpdg("convert", legacy, tmp_path / "megatron", "--to", "megatron", "--hf-source", hf, "--verify")
     assert compare_hf(hf, megatron_to_hf(tmp_path / "megatron", tmp_path / "again")) == []
 
@@ -146,14 +148,14 @@ def inspected(path: Path) -> dict[str, Any]:
 def test_inspect_hf(tmp_path: Path) -> None:
     hf = save_tiny(tmp_path / "hf", "qwen3_moe", tied=False, dtype=torch.bfloat16, max_shard_size=4000)
     found = inspected(hf)
-    source = HFCheckpoint(hf)
+    sizes = [size for _, size in HFCheckpoint(hf).stored_sizes]
     assert (found["format"], found["iteration"], found["complete"]) == ("hf", None, True)
-    assert found["dtypes"] == {"bfloat16": {"tensors": len(source.names), "bytes": source.num_bytes}}
-    assert found["parameters"] == source.num_bytes // 2
+    assert found["dtypes"] == {"bfloat16": {"tensors": len(sizes), "bytes": sum(sizes)}}
+    assert found["parameters"] == sum(sizes) // 2
     assert found["layout"]["shards"] == found["files"] == len(list(hf.glob("*.safetensors")))
     assert found["model"]["num_experts"] == 4
     table = bpdg("inspect", hf)
-    assert f"{source.num_bytes // 2:,}" in table
+    assert f"{sum(sizes) // 2:,}" in table
     assert "yes: every tensor of the config" in table
 
 
