@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,10 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.directory import HF_FOLDER, RELEASE, Source, write_hf_folder
-from megatron_bpdg.checkpoint.files import check_disk_space, check_free, copy_sidecars, staged_directory
+from megatron_bpdg.checkpoint.files import copy_sidecars, staged_directory
 from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
-    HFCheckpoint,
     Shard,
     dtype_name,
     hf_plan,
@@ -36,7 +35,7 @@ from megatron_bpdg.checkpoint.hf import (
 )
 from megatron_bpdg.checkpoint.legacy import is_legacy
 from megatron_bpdg.checkpoint.mapping import EMBEDDING, MappingError
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.source import SourceModel, is_megatron, open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import (
     MAX_FILE_SIZE,
@@ -259,53 +258,18 @@ def _convert(
         if dst.resolve() in file.resolve().parents:
             raise ValueError(f"{dst} holds {file}, which the conversion reads: choose another destination")
 
-    def check() -> None:
-        check_free(dst, overwrite=options.overwrite)
-        check_disk_space(dst, sum(sizes) + _DISK_MARGIN)
-
-    on_first(check)
     started = time.monotonic()
-    with staged_directory(dst, overwrite=options.overwrite) as building:
+    needed_bytes = sum(sizes) + _DISK_MARGIN
+    with staged_directory(dst, overwrite=options.overwrite, needed_bytes=needed_bytes) as building:
         with progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance:
             write(building, Transfer(options.workers, options.memory, advance))
         on_first(lambda: finish(building))
-    model.cast.merge(everyone(model.cast.counts))
+    model.cast.add_up()
     if console is not None:
         seconds, total = time.monotonic() - started, sum(sizes) / 1e9
         console.print(f"{title}: {total:.2f} GB in {seconds:.1f} s ({total / seconds:.2f} GB/s)")
         console.print(model.cast.statement())
     return dst
-
-
-def compare_hf(a: str | Path, b: str | Path) -> list[str]:
-    """Every difference between two HF checkpoints in names, shapes, dtypes and bytes; empty where there is none.
-
-    How tensors are spread over files does not count.
-    """
-    left, right = HFCheckpoint(a), HFCheckpoint(b)
-    differences = _unshared(left.shapes, left.path, right.shapes, right.path)
-    for name in left.shapes:
-        if name in right.shapes and (difference := _difference(left.read(name), right.read(name))):
-            differences.append(f"{name}: {difference}")
-    return differences
-
-
-def _unshared(ours: Mapping[str, Shape], our_path: Path, theirs: Mapping[str, Shape], their_path: Path) -> list[str]:
-    differences = [f"{name}: only in {our_path}" for name in ours if name not in theirs]
-    return differences + [f"{name}: only in {their_path}" for name in theirs if name not in ours]
-
-
-def _difference(one: Tensor, two: Tensor) -> str | None:
-    """In what two tensors differ, bit for bit."""
-    if one.shape != two.shape:
-        return f"shape {tuple(one.shape)} and {tuple(two.shape)}"
-    if one.dtype != two.dtype:
-        return f"dtype {one.dtype} and {two.dtype}"
-    if same_bytes(one, two):
-        return None
-    unequal = one.contiguous().flatten().view(torch.uint8) != two.contiguous().flatten().view(torch.uint8)
-    count = int(unequal.view(-1, one.element_size()).any(1).sum())
-    return f"{count} of {one.numel()} elements differ"
 
 
 def verify_conversion(
@@ -331,7 +295,8 @@ def verify_conversion(
     """
     left, right = open_source(source, hf_source, options.dtype), open_source(target)
     ours, theirs = (model.mapping.hf_tensors(lm_head=model.has_lm_head) for model in (left, right))
-    differences = _unshared(ours, source, theirs, target)
+    differences = [f"{name}: only in {source}" for name in ours if name not in theirs]
+    differences += [f"{name}: only in {target}" for name in theirs if name not in ours]
     if left.mapping.by_key.keys() != right.mapping.by_key.keys():
         return differences
     transfer = Transfer(options.workers, options.memory)
@@ -346,3 +311,16 @@ def verify_conversion(
     share = [left.mapping.weights[i] for i in my_share(len(left.mapping.weights))]
     mine = each(lambda: transfer.run(partial(compare, weight) for weight in share))
     return differences + [line for lists in everyone(mine) for lines in lists for line in lines]
+
+
+def _difference(one: Tensor, two: Tensor) -> str | None:
+    """In what two tensors differ, bit for bit."""
+    if one.shape != two.shape:
+        return f"shape {tuple(one.shape)} and {tuple(two.shape)}"
+    if one.dtype != two.dtype:
+        return f"dtype {one.dtype} and {two.dtype}"
+    if same_bytes(one, two):
+        return None
+    unequal = one.contiguous().flatten().view(torch.uint8) != two.contiguous().flatten().view(torch.uint8)
+    count = int(unequal.view(-1, one.element_size()).any(1).sum())
+    return f"{count} of {one.numel()} elements differ"

@@ -31,7 +31,6 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_COMPARE_ROWS = 8192
 
 
 class HFCheckpoint:
@@ -122,17 +121,11 @@ class HFCheckpoint:
         A tied model's `lm_head.weight` may be present if it equals the embedding.
         """
         self.mapping.check_hf(self.shapes, str(self.path))
-        if not (self.mapping.tied and self.has_lm_head):
-            return
-        rows = self.shapes[LM_HEAD][0]
-        for start in range(0, rows, _COMPARE_ROWS):
-            length = min(_COMPARE_ROWS, rows - start)
-            head, embedding = (self.read(name, 0, start, length) for name in (LM_HEAD, HF_EMBEDDING))
-            if not same_bytes(head, embedding):
-                raise MappingError(
-                    f"{self.path}: config.json says tie_word_embeddings true, but {LM_HEAD} differs from "
-                    f"{HF_EMBEDDING}; set tie_word_embeddings false or remove {LM_HEAD}"
-                )
+        if self.mapping.tied and self.has_lm_head and not same_bytes(self.read(LM_HEAD), self.read(HF_EMBEDDING)):
+            raise MappingError(
+                f"{self.path}: config.json says tie_word_embeddings true, but {LM_HEAD} differs from "
+                f"{HF_EMBEDDING}; set tie_word_embeddings false or remove {LM_HEAD}"
+            )
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

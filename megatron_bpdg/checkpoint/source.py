@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping, mapping
 from megatron_bpdg.checkpoint.patterns import Weight
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
 from megatron_bpdg.models.hf_config import hf_config_of
+from megatron_bpdg.parallel.together import everyone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,14 +70,9 @@ class Cast:
             self.rounded += rounded
         return cast
 
-    @property
-    def counts(self) -> tuple[int, int, set[torch.dtype]]:
-        """Elements cast, elements changed, dtypes they had."""
-        return self.elements, self.rounded, self._sources
-
-    def merge(self, counts: Iterable[tuple[int, int, set[torch.dtype]]]) -> None:
-        """Take over the counts of all ranks."""
-        elements, rounded, sources = zip(*counts, strict=True)
+    def add_up(self) -> None:
+        """Count what all ranks did. Collective over the world."""
+        elements, rounded, sources = zip(*everyone((self.elements, self.rounded, self._sources)), strict=True)
         self.elements, self.rounded, self._sources = sum(elements), sum(rounded), set().union(*sources)
 
     def statement(self) -> str:

@@ -15,6 +15,7 @@ it into a padded model, at any tensor-parallel size, as it allows a shape mismat
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import pickle
@@ -146,10 +147,8 @@ class _Stored:
             return self.pieces[0].read()
         full = torch.empty(self.shape, dtype=self.dtype)
         for piece in self.pieces:
-            region = full
-            for dim, (start, length) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
-                region = region.narrow(dim, start, length)
-            region.copy_(piece.read())
+            region = (slice(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True))
+            full[tuple(region)] = piece.read()
         return full
 
 
@@ -291,19 +290,11 @@ def _rename_expert_norms(found: dict[str, _Stored]) -> dict[str, _Stored]:
 
 
 def _read_metadata(file: Path) -> Metadata:
-    with file.open("rb") as stream:
-        try:
-            metadata = _MetadataUnpickler(stream).load()
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            LookupError,
-            ArithmeticError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise ValueError(f"{file} is not checkpoint metadata: {error}") from error
+    content = io.BytesIO(file.read_bytes())
+    try:
+        metadata = _MetadataUnpickler(content).load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{file} is not checkpoint metadata: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"{file} is not checkpoint metadata: it holds {type(metadata).__name__}")
     return metadata

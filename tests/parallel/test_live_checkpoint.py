@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
-from tests.checkpoint_fixtures import save_tiny_moe, save_tiny_qwen3
+from tests.checkpoint_fixtures import compare_hf, save_tiny_moe, save_tiny_qwen3
 from tests.parallel.spawn import run_ranks
 
 # (tensor parallel, pipeline parallel, tied); on 4 ranks the rest is data parallel.

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import LM_HEAD
 from megatron_bpdg.checkpoint.source import Cast, is_exact
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_bpdg.cli.app import app
-from tests.checkpoint_fixtures import save_tiny
+from tests.checkpoint_fixtures import compare_hf, save_tiny
 from tests.dist_fixture import DistLayout, save_dist
 from tests.legacy_fixture import LegacyLayout, save_legacy
 

@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, convert, hf_to_megatron
+from megatron_bpdg.checkpoint.convert import Options, convert, hf_to_megatron
 from megatron_bpdg.checkpoint.describe import describe
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.config.teacher import Teacher
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
-from tests.checkpoint_fixtures import save_tiny
+from tests.checkpoint_fixtures import compare_hf, save_tiny
 from tests.legacy_fixture import LegacyLayout, save_legacy
 
 FORMS = ("run", "run/checkpoints", "run/checkpoints/iter_0000007")
