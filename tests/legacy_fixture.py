@@ -74,7 +74,7 @@ def save_legacy(hf: Path, path: Path, layout: LegacyLayout, *, padded_rows: int 
                             continue
                         chunk[_local_name(key, weight, layout)] = shard.clone()
                     if mapping.tied and stage == stages - 1 and stages > 1:
-                        chunk[OUTPUT_LAYER] = mapping.embedding.shard(full[EMBEDDING], t, layout.tensor).clone()
+                        chunk[OUTPUT_LAYER] = mapping.by_key[EMBEDDING].shard(full[EMBEDDING], t, layout.tensor).clone()
                     chunk["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
                     chunks.append(_fuse_experts(chunk) if layout.spec == "te-fused-experts" else chunk)
                 name = f"mp_rank_{t:02d}"

@@ -177,10 +177,7 @@ def hf_to_megatron(
     model = open_source(Path(src), hf_source, options.dtype)
     check_stacked_dtypes(model)
 
-    def write(building: Path, transfer: Transfer) -> None:
-        write_torch_dist(building / RELEASE, model, transfer, max_file_size=options.max_file_size or MAX_FILE_SIZE)
-
-    def finish(building: Path) -> None:
+    def finish() -> None:
         write_dist_common(building, model.config)
         dtype = dtype_name(model.dtypes[EMBEDDING])
         write_hf_folder(building, model.hf_folder, Source(model.has_lm_head, model.config["vocab_size"], dtype))
@@ -188,7 +185,10 @@ def hf_to_megatron(
             set_config_dtype(building / HF_FOLDER / "config.json", options.dtype)
 
     sizes = [model.num_bytes(weight) for weight in model.mapping.weights]
-    return _convert(model, Path(dst), "to Megatron", sizes, write, finish, options, console)
+    with _building(model, Path(dst), "to Megatron", sizes, options, console) as (building, transfer):
+        write_torch_dist(building / RELEASE, model, transfer, max_file_size=options.max_file_size or MAX_FILE_SIZE)
+        on_first(finish)
+    return Path(dst)
 
 
 def megatron_to_hf(
@@ -201,17 +201,7 @@ def megatron_to_hf(
 ) -> Path:
     """Convert a Megatron checkpoint (torch_dist at any layout, or mp_rank files) to an HF model directory.
 
-    Args:
-        src: checkpoint directory with a tracker, or one step's directory.
-        dst: new HF directory.
-        hf_source: see `open_source`.
-        options, console: as for `hf_to_megatron`.
-
-    Returns:
-        `dst`.
-
-    Raises:
-        As `hf_to_megatron`.
+    Memory, arguments, ranks and errors are those of `hf_to_megatron`.
     """
     model = open_source(Path(src), hf_source, options.dtype)
     mapping = model.mapping
@@ -219,7 +209,7 @@ def megatron_to_hf(
     shards = plan_shards(plan, options.max_file_size or MAX_SHARD_SIZE)
     weight_of = {name: weight for weight in mapping.weights for name in mapping.hf_shapes(weight, lm_head=True)}
 
-    def tensors(shard: Shard, transfer: Transfer) -> Iterator[tuple[str, Tensor]]:
+    def tensors(shard: Shard) -> Iterator[tuple[str, Tensor]]:
         """What a file holds; its neighbours from one Megatron tensor are read together."""
         for weight, group in groupby(shard.tensors, lambda tensor: weight_of[tensor.name]):
             planned = list(group)
@@ -229,55 +219,44 @@ def megatron_to_hf(
                     yield tensor.name, parts[tensor.name]
                 del parts
 
-    def write(building: Path, transfer: Transfer) -> None:
-        mine = [shards[i] for i in my_share(len(shards))]
-        each(lambda: transfer.run(partial(write_shard, building, shard, tensors(shard, transfer)) for shard in mine))
-
-    def finish(building: Path) -> None:
+    def finish() -> None:
         write_index(building, shards)
         copy_sidecars(model.hf_folder, building)
         if options.dtype is not None:
             set_config_dtype(building / "config.json", options.dtype)
 
     sizes = [shard.num_bytes for shard in shards]
-    return _convert(model, Path(dst), "to HF", sizes, write, finish, options, console)
+    with _building(model, Path(dst), "to HF", sizes, options, console) as (building, transfer):
+        mine = [shards[i] for i in my_share(len(shards))]
+        each(lambda: transfer.run(partial(write_shard, building, shard, tensors(shard)) for shard in mine))
+        on_first(finish)
+    return Path(dst)
 
 
-def _convert(
-    model: SourceModel,
-    dst: Path,
-    title: str,
-    sizes: list[int],
-    write: Callable[[Path, Transfer], object],
-    finish: Callable[[Path], None],
-    options: Options,
-    console: Console | None,
-) -> Path:
-    """Build `dst`: `write` by all ranks, each its share of the parts whose `sizes` are given, `finish` by the first."""
+@contextmanager
+def _building(
+    model: SourceModel, dst: Path, title: str, sizes: list[int], options: Options, console: Console | None
+) -> Iterator[tuple[Path, Transfer]]:
+    """Where `dst` is being built, and how its parts get there, whose `sizes` are given; says at the end how it went."""
     for file in (*model.checkpoint.files, model.hf_folder / "config.json"):
         if dst.resolve() in file.resolve().parents:
             raise ValueError(f"{dst} holds {file}, which the conversion reads: choose another destination")
 
     started = time.monotonic()
-    needed_bytes = sum(sizes) + _DISK_MARGIN
-    with staged_directory(dst, overwrite=options.overwrite, needed_bytes=needed_bytes) as building:
-        with progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance:
-            write(building, Transfer(options.workers, options.memory, advance))
-        on_first(lambda: finish(building))
+    with (
+        staged_directory(dst, overwrite=options.overwrite, needed_bytes=sum(sizes) + _DISK_MARGIN) as building,
+        progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance,
+    ):
+        yield building, Transfer(options.workers, options.memory, advance)
     model.cast.add_up()
     if console is not None:
         seconds, total = time.monotonic() - started, sum(sizes) / 1e9
         console.print(f"{title}: {total:.2f} GB in {seconds:.1f} s ({total / seconds:.2f} GB/s)")
         console.print(model.cast.statement())
-    return dst
 
 
 def verify_conversion(
-    source: Path,
-    target: Path,
-    *,
-    hf_source: Path | None = None,
-    options: Options = _DEFAULT,
+    source: Path, target: Path, *, hf_source: Path | None = None, options: Options = _DEFAULT
 ) -> list[str]:
     """Take the target back to the source's HF tensors and compare names, shapes, dtypes and bytes, streaming.
 
@@ -285,8 +264,7 @@ def verify_conversion(
     Collective over the world, whose ranks share the work.
 
     Args:
-        source: what was converted.
-        target: what it became.
+        source, target: what was converted, and what it became.
         hf_source: see `open_source`; of the source.
         options: those of the conversion: the source is cast first, as it did.
 

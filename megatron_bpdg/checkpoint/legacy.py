@@ -197,7 +197,7 @@ class LegacyCheckpoint(StepDirectory):
         found = [key for key in self._shards if not (mapping.tied and key == OUTPUT_LAYER)]
         raise_on_mismatch(mapping.by_key, found, wrong, str(self.directory))
         if mapping.tied and OUTPUT_LAYER in self._shards:
-            self._check_tied_head(mapping.embedding)
+            self._check_tied_head()
 
     def _problem(self, weight: Weight) -> str | None:
         size = self.sizes["expert_tensor" if isinstance(weight, Expert) else "tensor"]
@@ -212,14 +212,14 @@ class LegacyCheckpoint(StepDirectory):
             return f"shape {', '.join(map(str, shapes))} on {size} ranks, expected {weight.megatron_shape} together"
         return None
 
-    def _check_tied_head(self, embedding: Weight) -> None:
+    def _check_tied_head(self) -> None:
         """The last pipeline stage of a tied model keeps a copy of the embedding."""
         for position, head in self._shards[OUTPUT_LAYER].items():
             for other, shard in self._shards[EMBEDDING].items():
                 if other.tensor == position.tensor and not same_bytes(head, shard):
                     raise MappingError(
                         f"{self.directory}: the model's config says tie_word_embeddings true, but {OUTPUT_LAYER} "
-                        f"differs from {embedding.key}; is this the config of another model?"
+                        f"differs from {EMBEDDING}; is this the config of another model?"
                     )
 
     def read_weight(self, weight: Weight) -> Tensor:

@@ -20,11 +20,9 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source, write_hf_folder
+from megatron_bpdg.checkpoint.directory import HF_FOLDER, TRACKER_FILE, Source, write_hf_folder
 from megatron_bpdg.checkpoint.files import copy_sidecars, publish_directory, staged_directory
 from megatron_bpdg.checkpoint.hf import (
-    MAX_SHARD_SIZE,
-    HFCheckpoint,
     dtype_name,
     emits_lm_head,
     hf_plan,
@@ -35,9 +33,9 @@ from megatron_bpdg.checkpoint.hf import (
 )
 from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
-from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.checkpoint.source import open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
-from megatron_bpdg.models.hf_config import hf_config_of, read_hf_config
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.tracking.files import write_text
 
@@ -110,16 +108,14 @@ class _Stage:
         """Over which ranks this weight's matrix is cut."""
         return self.expert_tensor if isinstance(weight, Expert) else self.tensor
 
-    def full(self, weight: Weight, dtype: torch.dtype | None) -> Tensor:
+    def full(self, weight: Weight) -> Tensor:
         """The whole tensor on every rank: from its expert-parallel rank to the others of its pipeline stage, from its
         stage to the others, and put together from the tensor-parallel parts."""
-        owner, shape, held_dtype = self.owners[weight.key]
-        parameter = self.parameters.get(weight.key)
-        if parameter is not None:
-            shard = parameter.detach().to(dtype or held_dtype, copy=True).contiguous()
+        owner, shape, dtype = self.owners[weight.key]
+        if (parameter := self.parameters.get(weight.key)) is not None:
+            shard = parameter.detach().clone(memory_format=torch.contiguous_format)
         else:
-            device = next(iter(self.parameters.values())).device
-            shard = torch.empty(shape, dtype=dtype or held_dtype, device=device)
+            shard = torch.empty(shape, dtype=dtype, device=next(iter(self.parameters.values())).device)
         if isinstance(weight, Expert) and self.pipeline.rank() == owner and self.expert.size() > 1:
             dist.broadcast(shard, group=self.expert, group_src=weight.ep_rank(self.expert.size()))
         if self.pipeline.size() > 1:
@@ -162,7 +158,7 @@ def _global_names(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any]:
-    """Fill every parameter of this rank exactly once from an HF directory or a torch_dist checkpoint.
+    """Fill every parameter of this rank exactly once from a checkpoint of any format.
 
     Each rank reads its own part from disk; there is no communication beyond an agreement that all is complete. Values
     are cast to the parameters' dtype. Padded vocabulary rows become zero; with tied embeddings both copies are filled.
@@ -177,23 +173,9 @@ def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any
         FileNotFoundError: nothing to load at `path`.
         MappingError: checkpoint, config and model do not fit together; lists every tensor.
     """
-    path = Path(path)
-    if is_torch_dist(path):
-        checkpoint = TorchDistCheckpoint(path)
-        config = hf_config_of(checkpoint.hf_folder, checkpoint.root)
-        checkpoint.check(mapping_for(config))
-
-        def read_shard(weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
-            # Through the HF parts: the stored vocabulary padding need not be this model's.
-            parts = weight.split(checkpoint.read_weight(weight))
-            return weight.shard(weight.hf_to_megatron(list(parts.values())), tp_rank, tp_size)
-
-        _fill(chunks, config, read_shard)
-        return config
-    hf = HFCheckpoint(path)
-    hf.check()
-    _fill(chunks, hf.config, lambda weight, rank, size: weight.read_shard(hf.read, rank, size))
-    return hf.config
+    model = open_source(Path(path))
+    _fill(chunks, model.config, model.read_shard)
+    return model.config
 
 
 def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: Callable[[Weight, int, int], Tensor]) -> None:
@@ -212,11 +194,7 @@ def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: Callable
 
 
 def iter_hf_weights(
-    chunks: Sequence[nn.Module],
-    config: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    *,
-    lm_head: bool = False,
+    chunks: Sequence[nn.Module], config: Mapping[str, Any], *, lm_head: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the full weights under their HF names; every rank yields the same tensors in the same order.
 
@@ -227,7 +205,6 @@ def iter_hf_weights(
 
     Args:
         config: normalised HF config (see `hf.read_hf_config`): the true vocabulary is not in the model.
-        dtype: cast to this before communication; None: as the parameters are.
         lm_head: for a tied model, yield the embedding as `lm_head.weight` too.
 
     Yields:
@@ -238,37 +215,26 @@ def iter_hf_weights(
     """
     stage = _Stage.of(chunks, config)
     for weight in stage.mapping.weights:
-        full = stage.full(weight, dtype)
-        for name, part in stage.mapping.hf_parts(weight, full, lm_head).items():
+        for name, part in stage.mapping.hf_parts(weight, stage.full(weight), lm_head).items():
             yield name, owned(part)
 
 
-def save_hf(
-    chunks: Sequence[nn.Module],
-    hf_source: str | Path,
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    overwrite: bool = False,
-) -> None:
+def save_hf(chunks: Sequence[nn.Module], hf_source: str | Path, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a live model as an HF directory. Collective over all ranks; global rank 0 writes.
 
     Args:
         hf_source: HF directory (or a checkpoint's hf folder) that gives config and tokenizer.
         path: new HF directory.
-        dtype: cast to this; None: as the parameters are.
-        max_shard_size: bytes per safetensors file.
         overwrite: replace an existing `path`.
     """
     hf_source, path = Path(hf_source), Path(path)
     config = read_hf_config(hf_source)
     lm_head = emits_lm_head(hf_source)
     stage = _Stage.of(chunks, config)
-    dtypes = {key: dtype or held for key, (_, _, held) in stage.owners.items()}
-    shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head), max_shard_size)
+    dtypes = {key: dtype for key, (_, _, dtype) in stage.owners.items()}
+    shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head))
     with staged_directory(path, overwrite=overwrite) as staging:
-        weights = iter_hf_weights(chunks, config, dtype, lm_head=lm_head)
+        weights = iter_hf_weights(chunks, config, lm_head=lm_head)
         if dist.get_rank() == 0:
             for shard in shards:
                 write_shard(staging, shard, weights)
@@ -327,7 +293,7 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
         staging.mkdir(parents=True)
 
     def publish() -> None:
-        if not (path / "hf" / "config.json").is_file():
+        if not (path / HF_FOLDER / "config.json").is_file():
             dtype = dtype_name(stage.owners[EMBEDDING][2])
             write_hf_folder(path, hf_source, Source(emits_lm_head(hf_source), config["vocab_size"], dtype))
         publish_directory(staging, step)

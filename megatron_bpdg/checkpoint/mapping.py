@@ -74,10 +74,6 @@ class ModelMapping:
         return {weight.key: weight for weight in self.weights}
 
     @property
-    def embedding(self) -> Weight:
-        return self.by_key[EMBEDDING]
-
-    @property
     def homogeneous(self) -> bool:
         """Whether all layers have the same tensors, and are therefore stored stacked."""
         return len(set(self.moe_layers)) <= 1
@@ -99,14 +95,8 @@ class ModelMapping:
         return canonical_name(name, has_experts=has_experts, first_expert=first_expert)
 
     def weight_for(self, key: str) -> Weight:
-        """Entry of a canonical key; for a tied model a second copy of the output layer is the embedding's.
-
-        Raises:
-            KeyError: where the model has no such tensor.
-        """
-        if self.tied and key == OUTPUT_LAYER:
-            return self.embedding
-        return self.by_key[key]
+        """Entry of a canonical key; a tied model's output layer, where it has a copy of it, is the embedding's."""
+        return self.by_key[EMBEDDING if self.tied and key == OUTPUT_LAYER else key]
 
     def hf_shapes(self, weight: Weight, lm_head: bool = False) -> dict[str, Shape]:
         """Names and shapes of the HF tensors of one weight; `lm_head` adds a tied model's redundant head."""

@@ -171,6 +171,13 @@ class SourceModel:
             return {name: self.cast(self.checkpoint.read(name), name) for name in weight.hf_names}
         return weight.split(self.read(weight))
 
+    def read_shard(self, weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
+        """One tensor-parallel rank's part of a weight of a mapping whose vocabulary may be padded."""
+        if isinstance(self.checkpoint, HFCheckpoint):
+            return weight.read_shard(self.checkpoint.read, tp_rank, tp_size)
+        # Through the HF parts: the vocabulary may be stored with another padding.
+        return weight.shard(weight.hf_to_megatron(list(self.parts(weight).values())), tp_rank, tp_size)
+
 
 def open_source(path: Path, hf_source: str | Path | None = None, dtype: torch.dtype | None = None) -> SourceModel:
     """Open and check a checkpoint of any format.

@@ -43,23 +43,12 @@ _EXPERTS = ".mlp.experts.experts."
 _OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
 
 
-@dataclass(frozen=True)
-class StackedKey:
-    """Where a tensor is within a stored one.
+def stacked_key(weight: Weight, mapping: ModelMapping) -> tuple[str, Shape, Shape]:
+    """Where Megatron-Core stores a tensor: layers are stacked where all have the same tensors, experts always.
 
-    Attributes:
-        key: name in the file.
-        index: its place in the leading dimensions of the stored tensor (layer, expert), those that are stacked.
-        sizes: of these dimensions.
+    Returns:
+        Name in the file, index in the leading dimensions that are stacked (layer, expert), and their sizes.
     """
-
-    key: str
-    index: Shape = ()
-    sizes: Shape = ()
-
-
-def stacked_key(weight: Weight, mapping: ModelMapping) -> StackedKey:
-    """Where Megatron-Core stores a tensor: layers are stacked where all have the same tensors, experts always."""
     key, index, sizes = weight.key, Shape(), Shape()
     if mapping.homogeneous and (layer := _LAYER.match(key)):
         key = _STACKED + key[layer.end() :]
@@ -67,7 +56,7 @@ def stacked_key(weight: Weight, mapping: ModelMapping) -> StackedKey:
     if isinstance(weight, Expert):
         key = key.replace(f"{_EXPERTS}{weight.expert}.", _EXPERTS)
         index, sizes = (*index, weight.expert), (*sizes, weight.num_experts)
-    return StackedKey(key, index, sizes)
+    return key, index, sizes
 
 
 _METADATA_CLASSES = {

@@ -111,15 +111,15 @@ class _MetadataWriter(dcp.FileSystemWriter):
 
 def _add_piece(stored: dict[str, TensorStorageMetadata], model: SourceModel, weight: Weight) -> _Piece:
     """Give a tensor its place in what is stored: in a stacked tensor, a piece of one layer, and of one expert."""
-    where = stacked_key(weight, model.mapping)
+    key, index, leading = stacked_key(weight, model.mapping)
     shape = weight.megatron_shape
-    offsets = torch.Size((*where.index, *(0 for _ in shape)))
-    sizes = torch.Size((*(1 for _ in where.index), *shape))
     properties = TensorProperties(dtype=model.dtypes[weight.key])
-    entry = TensorStorageMetadata(properties, torch.Size((*where.sizes, *shape)), [])
-    chunks = stored.setdefault(where.key, entry).chunks
+    entry = TensorStorageMetadata(properties, torch.Size((*leading, *shape)), [])
+    chunks = stored.setdefault(key, entry).chunks
+    offsets = torch.Size((*index, *(0 for _ in shape)))
+    sizes = torch.Size((*(1 for _ in index), *shape))
     chunks.append(ChunkStorageMetadata(offsets, sizes))
-    return _Piece(MetadataIndex(where.key, offsets, len(chunks) - 1), weight, sizes)
+    return _Piece(MetadataIndex(key, offsets, len(chunks) - 1), weight, sizes)
 
 
 def _write_file(file: Path, pieces: list[_Piece], model: SourceModel, transfer: Transfer) -> list[WriteResult]:
@@ -187,7 +187,7 @@ def check_stacked_dtypes(model: SourceModel) -> None:
     mixed = []
     for weight in model.mapping.weights:
         dtype = model.dtypes[weight.key]
-        first = seen.setdefault(stacked_key(weight, model.mapping).key, dtype)
+        first = seen.setdefault(stacked_key(weight, model.mapping)[0], dtype)
         if first != dtype:
             mixed.append(f"{weight.key} is {dtype}, earlier ones are {first}")
     if mixed:

@@ -93,7 +93,7 @@ def _foreign(hf: Path, path: Path, *, split_gate: bool = False, **changes: Any) 
             state[f"{weight.key}_w"], state[f"{weight.key}_v"] = full.chunk(2)
         else:
             state[weight.key] = full
-        state[f"optimizer.state.exp_avg.{stacked_key(weight, source.mapping).key}"] = torch.zeros(2)
+        state[f"optimizer.state.exp_avg.{stacked_key(weight, source.mapping)[0]}"] = torch.zeros(2)
         state["chained_0.optimizer.state.exp_avg.x"] = torch.zeros(2)
     (path / "iter_0000012").mkdir(parents=True)
     dcp.save(state | changes, checkpoint_id=path / "iter_0000012", no_dist=True)
