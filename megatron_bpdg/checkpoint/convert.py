@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.directory import HF_FOLDER, RELEASE, Source, write_hf_folder
-from megatron_bpdg.checkpoint.files import copy_sidecars, staged_directory
+from megatron_bpdg.checkpoint.files import staged_directory
 from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
     Shard,
@@ -30,7 +30,7 @@ from megatron_bpdg.checkpoint.hf import (
     plan_shards,
     same_bytes,
     set_config_dtype,
-    write_index,
+    write_hf_common,
     write_shard,
 )
 from megatron_bpdg.checkpoint.legacy import is_legacy
@@ -219,17 +219,11 @@ def megatron_to_hf(
                     yield tensor.name, parts[tensor.name]
                 del parts
 
-    def finish() -> None:
-        write_index(building, shards)
-        copy_sidecars(model.hf_folder, building)
-        if options.dtype is not None:
-            set_config_dtype(building / "config.json", options.dtype)
-
     sizes = [shard.num_bytes for shard in shards]
     with _building(model, Path(dst), "to HF", sizes, options, console) as (building, transfer):
         mine = [shards[i] for i in my_share(len(shards))]
         each(lambda: transfer.run(partial(write_shard, building, shard, tensors(shard)) for shard in mine))
-        on_first(finish)
+        on_first(lambda: write_hf_common(building, shards, model.hf_folder, options.dtype))
     return Path(dst)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import fcntl
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_bpdg.data.batch import Item, up_to
 from megatron_bpdg.parallel.together import on_first
 from megatron_bpdg.tracking.files import fsync_path
 
@@ -93,17 +92,6 @@ def _check_disk_space(destination: Path, needed_bytes: int) -> None:
             f"not enough disk space for {destination}: {needed_bytes / 2**30:.2f} GiB needed, "
             f"{free / 2**30:.2f} GiB free in {parent}"
         )
-
-
-def in_files(items: Sequence[Item], sizes: Sequence[int], max_file_size: int) -> list[list[Item]]:
-    """Spread items, in order, over files of at most `max_file_size` bytes; a larger one has a file of its own.
-
-    Raises:
-        ValueError: a `max_file_size` below 1.
-    """
-    if max_file_size < 1:
-        raise ValueError(f"max_file_size {max_file_size} must be at least 1 byte")
-    return list(up_to(items, sizes, max_file_size))
 
 
 def publish_directory(staging: Path, destination: Path) -> None:

@@ -16,21 +16,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.directory import read_source
-from megatron_bpdg.checkpoint.files import in_files
+from megatron_bpdg.checkpoint.files import copy_sidecars
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError, ModelMapping, mapping_for
 from megatron_bpdg.checkpoint.patterns import Shape
+from megatron_bpdg.data.batch import up_to
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.tracking.files import write_text
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HFCheckpoint:
@@ -220,7 +216,7 @@ def plan_shards(plan: Sequence[TensorPlan], max_shard_size: int = MAX_SHARD_SIZE
     """Spread tensors over files of at most `max_shard_size` bytes of tensors; a larger one has a file of its own.
 
     Raises:
-        ValueError: a dtype that is not written, a repeated name, a `max_shard_size` below 1.
+        ValueError: a dtype that is not written, a repeated name.
     """
     names: set[str] = set()
     for tensor in plan:
@@ -229,7 +225,7 @@ def plan_shards(plan: Sequence[TensorPlan], max_shard_size: int = MAX_SHARD_SIZE
         if tensor.dtype not in _DTYPE_NAMES:
             raise ValueError(f"{tensor.name}: dtype {tensor.dtype} cannot be written")
         names.add(tensor.name)
-    files = in_files(plan, [tensor.num_bytes for tensor in plan], max_shard_size)
+    files = list(up_to(plan, (tensor.num_bytes for tensor in plan), max_shard_size))
     if len(files) == 1:
         return [Shard(SINGLE_FILE, files[0])]
     return [
@@ -263,14 +259,23 @@ def write_shard(directory: Path, shard: Shard, tensors: Iterator[tuple[str, Tens
         os.fsync(stream.fileno())
 
 
-def write_index(directory: Path, shards: Sequence[Shard]) -> None:
-    """Write the index of several files; one file needs none."""
-    if len(shards) == 1:
-        return
-    total = sum(shard.num_bytes for shard in shards)
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+def write_hf_common(directory: Path, shards: Sequence[Shard], hf_folder: Path, dtype: torch.dtype | None) -> None:
+    """Write what surrounds the files of tensors: the index of several, and config and tokenizer.
+
+    Args:
+        directory: the new HF directory.
+        shards: its files.
+        hf_folder: where config and tokenizer come from.
+        dtype: what the config says of the weights; None: as it is.
+    """
+    if len(shards) > 1:
+        total = sum(shard.num_bytes for shard in shards)
+        weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    copy_sidecars(hf_folder, directory)
+    if dtype is not None:
+        set_config_dtype(directory / "config.json", dtype)
 
 
 def emits_lm_head(hf_folder: Path) -> bool:

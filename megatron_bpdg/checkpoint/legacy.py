@@ -27,6 +27,7 @@ from megatron_bpdg.checkpoint.directory import StepDirectory, step_directory
 from megatron_bpdg.checkpoint.hf import same_bytes
 from megatron_bpdg.checkpoint.mapping import (
     EMBEDDING,
+    LAYER,
     OUTPUT_LAYER,
     MappingError,
     ModelMapping,
@@ -38,7 +39,6 @@ from megatron_bpdg.checkpoint.raw import arguments_of, load_foreign
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # All local experts in one matrix (Megatron-Core's former GroupedMLP), input dimension first.
 _FUSED_EXPERTS = re.compile(r"mlp\.experts\.weight([12])$")
 
@@ -135,13 +135,11 @@ class LegacyCheckpoint(StepDirectory):
     def _tensors(
         self, position: _Position, chunk: Mapping[str, Any], layer_offset: int
     ) -> Iterable[tuple[str, Tensor]]:
-        routers = {
-            match.group() for key in chunk if (match := _LAYER.match(key)) and key.endswith(".mlp.router.weight")
-        }
+        routers = {match.group() for key in chunk if (match := LAYER.match(key)) and key.endswith(".mlp.router.weight")}
         for key, tensor in chunk.items():
             if not isinstance(tensor, Tensor) or key.endswith("_extra_state"):
                 continue
-            layer = _LAYER.match(key)
+            layer = LAYER.match(key)
             has_experts = layer is not None and layer.group() in routers
             if layer:
                 key = f"decoder.layers.{int(layer.group(1)) + layer_offset}.{key[layer.end() :]}"
@@ -249,4 +247,4 @@ def _chunks(file: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _num_layers(chunk: Mapping[str, Any]) -> int:
-    return 1 + max((int(match.group(1)) for key in chunk if (match := _LAYER.match(key))), default=-1)
+    return 1 + max((int(match.group(1)) for key in chunk if (match := LAYER.match(key))), default=-1)

@@ -1,4 +1,4 @@
-"""Weights of live Megatron-Core models: load from HF or torch_dist, save torch_dist, stream out under HF names.
+"""Weights of live Megatron-Core models: load from any checkpoint, save torch_dist, stream out under HF names.
 
 A model is the list of GPTModel chunks of this rank (one, or one per virtual pipeline stage), bare or wrapped (DDP,
 Float16Module). Both layer specs work: parameters are addressed by their Transformer-Engine names with global layer
@@ -7,7 +7,6 @@ indices. Optimizer state is no business of this module.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,25 +20,22 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_bpdg.checkpoint.directory import HF_FOLDER, TRACKER_FILE, Source, write_hf_folder
-from megatron_bpdg.checkpoint.files import copy_sidecars, publish_directory, staged_directory
-from megatron_bpdg.checkpoint.hf import (
-    dtype_name,
-    emits_lm_head,
-    hf_plan,
-    plan_shards,
-    set_config_dtype,
-    write_index,
-    write_shard,
+from megatron_bpdg.checkpoint.files import publish_directory, staged_directory
+from megatron_bpdg.checkpoint.hf import dtype_name, emits_lm_head, hf_plan, plan_shards, write_hf_common, write_shard
+from megatron_bpdg.checkpoint.mapping import (
+    EMBEDDING,
+    LAYER,
+    OUTPUT_LAYER,
+    ModelMapping,
+    mapping_for,
+    raise_on_mismatch,
 )
-from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
 from megatron_bpdg.checkpoint.source import open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.tracking.files import write_text
-
-_LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ def _global_names(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     named: dict[str, nn.Parameter] = {}
     for chunk in map(unwrap_model, chunks):
         for name, parameter in chunk.named_parameters():
-            layer = _LOCAL_LAYER.match(name)
+            layer = LAYER.match(name)
             if layer:
                 # The layer knows its place; deriving it from the stage would break under uneven or virtual stages.
                 number = chunk.decoder.layers[int(layer.group(1))].layer_number
@@ -152,9 +148,6 @@ def _global_names(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
                 raise ValueError(f"{name} is in two model chunks")
             named[name] = parameter
     return named
-
-
-# --- loading -----------------------------------------------------------------------------------------------------
 
 
 def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any]:
@@ -188,9 +181,6 @@ def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: Callable
             if shard.shape != parameter.shape:
                 raise ValueError(f"{key}: read {tuple(shard.shape)} for a parameter of {tuple(parameter.shape)}")
             parameter.copy_(shard)
-
-
-# --- streaming out -----------------------------------------------------------------------------------------------
 
 
 def iter_hf_weights(
@@ -238,9 +228,7 @@ def save_hf(chunks: Sequence[nn.Module], hf_source: str | Path, path: str | Path
         if dist.get_rank() == 0:
             for shard in shards:
                 write_shard(staging, shard, weights)
-            write_index(staging, shards)
-            copy_sidecars(hf_source, staging)
-            set_config_dtype(staging / "config.json", dtypes[EMBEDDING])
+            write_hf_common(staging, shards, hf_source, dtypes[EMBEDDING])
         for _ in weights:  # the other ranks take part in the collectives
             pass
 
@@ -263,9 +251,6 @@ class LiveWeights:
 
     def save(self, path: Path) -> None:
         save_hf(self.chunks, self.hf_folder, path, overwrite=True)
-
-
-# --- saving ------------------------------------------------------------------------------------------------------
 
 
 def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str | Path, iteration: int) -> Path:

@@ -36,7 +36,7 @@ OUTPUT_LAYER = "output_layer.weight"
 LM_HEAD = "lm_head.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Parameter of an expert in a grouped MLP (one module, a weight per expert) and in a sequence of MLPs.
 _LOCAL_EXPERT = re.compile(
     r"mlp\.experts\.(?:(?P<grouped>linear_fc[12])\.weight(?P<i>\d+)"
@@ -90,7 +90,7 @@ class ModelMapping:
             name: parameter name, already with its global layer index; grouped and sequential experts are known.
             first_expert: what is added to the expert's index on its rank: ``E / ep_size * ep_rank``.
         """
-        layer = _LAYER.match(name)
+        layer = LAYER.match(name)
         has_experts = layer is not None and self.moe_layers[int(layer.group(1)) :][:1] == (True,)
         return canonical_name(name, has_experts=has_experts, first_expert=first_expert)
 
@@ -151,7 +151,7 @@ def canonical_name(name: str, *, has_experts: bool, first_expert: int = 0) -> st
         linear = expert["grouped"] or expert["sequential"]
         index = first_expert + int(expert["i"] or expert["j"])
         return f"{name[: expert.start()]}mlp.experts.experts.{index}.{linear}.weight"
-    layer = _LAYER.match(name)
+    layer = LAYER.match(name)
     suffix = name[layer.end() :] if layer else name
     # The norm before experts is a module of its own in both specs.
     if layer is None or suffix not in _ALIASES or (has_experts and suffix == "pre_mlp_layernorm.weight"):

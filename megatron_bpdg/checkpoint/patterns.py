@@ -180,9 +180,8 @@ class VocabRows(ColumnParallel):
         return shape[0] >= self.rows and shape[1:] == self.hf_shapes[0][1:]
 
     def fit(self, full: Tensor) -> Tensor:
-        return (
-            full if tuple(full.shape) == self.megatron_shape else self._pad(full[: self.rows], self.megatron_shape[0])
-        )
+        rows = self.megatron_shape[0]
+        return full if len(full) == rows else self._pad(full[: self.rows], rows)
 
     def _pad(self, tensor: Tensor, rows: int) -> Tensor:
         missing = rows - tensor.shape[0]

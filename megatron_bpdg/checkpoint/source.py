@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, checkpoints_of
 from megatron_bpdg.checkpoint.hf import HFCheckpoint, dtype_name, emits_lm_head
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping, mapping_for
 from megatron_bpdg.checkpoint.patterns import Weight
-from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_bpdg.models.hf_config import hf_config_of
 from megatron_bpdg.parallel.together import everyone
 
@@ -100,7 +101,8 @@ def open_megatron(path: Path) -> LegacyCheckpoint | TorchDistCheckpoint:
 
 def is_megatron(path: Path) -> bool:
     """Whether `path` is a Megatron checkpoint (or the ruins of one) rather than an HF directory."""
-    return is_torch_dist(path) or is_legacy(path)
+    root = checkpoints_of(path)
+    return (root / TRACKER_FILE).is_file() or (root / METADATA_FILE).is_file() or is_legacy(path)
 
 
 @dataclass

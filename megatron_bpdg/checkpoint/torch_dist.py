@@ -30,12 +30,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory, checkpoints_of
-from megatron_bpdg.checkpoint.mapping import ModelMapping
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, StepDirectory
+from megatron_bpdg.checkpoint.mapping import LAYER, ModelMapping
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
 from megatron_bpdg.checkpoint.raw import arguments_of, load_foreign, load_piece, read_stored
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = "decoder.layers."
 _EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.")
 _EXPERTS = ".mlp.experts.experts."
@@ -50,7 +49,7 @@ def stacked_key(weight: Weight, mapping: ModelMapping) -> tuple[str, Shape, Shap
         Name in the file, index in the leading dimensions that are stacked (layer, expert), and their sizes.
     """
     key, index, sizes = weight.key, Shape(), Shape()
-    if mapping.homogeneous and (layer := _LAYER.match(key)):
+    if mapping.homogeneous and (layer := LAYER.match(key)):
         key = _STACKED + key[layer.end() :]
         index, sizes = (int(layer.group(1)),), (len(mapping.moe_layers),)
     if isinstance(weight, Expert):
@@ -171,7 +170,7 @@ class TorchDistCheckpoint(StepDirectory):
     @property
     def stacked(self) -> bool:
         """Whether one stored tensor holds all layers."""
-        return not any(_LAYER.match(key) for key in self._metadata.state_dict_metadata)
+        return not any(LAYER.match(key) for key in self._metadata.state_dict_metadata)
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -232,7 +231,7 @@ class TorchDistCheckpoint(StepDirectory):
     def _add_tensor(
         self, found: dict[str, _Stored], key: str, entry: TensorStorageMetadata, base: str, half: int
     ) -> None:
-        stacked_layers = key.startswith(_STACKED) and _LAYER.match(key) is None
+        stacked_layers = key.startswith(_STACKED) and LAYER.match(key) is None
         stacked_experts = _EXPERTS in key and _EXPERT.search(key) is None
         leading = stacked_layers + stacked_experts
         shape = tuple(entry.size)[leading:]
@@ -287,9 +286,3 @@ def _read_metadata(file: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"{file} is not checkpoint metadata: it holds {type(metadata).__name__}")
     return metadata
-
-
-def is_torch_dist(path: Path) -> bool:
-    """Whether `path` is DIR of the module docstring, the directory of its run, or a step's (a broken one included)."""
-    path = checkpoints_of(path)
-    return (path / TRACKER_FILE).is_file() or (path / METADATA_FILE).is_file()

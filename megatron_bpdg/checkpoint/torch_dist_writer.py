@@ -29,12 +29,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as torch_save_options
 
 from megatron_bpdg.checkpoint.directory import RELEASE, TRACKER_FILE
-from megatron_bpdg.checkpoint.files import in_files
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
 from megatron_bpdg.checkpoint.source import SourceModel
 from megatron_bpdg.checkpoint.torch_dist import stacked_key
 from megatron_bpdg.checkpoint.transfer import Transfer
+from megatron_bpdg.data.batch import up_to
 from megatron_bpdg.models.families import FAMILIES, moe_layers
 from megatron_bpdg.parallel.together import each, everyone, my_share, on_first, this_rank
 from megatron_bpdg.tracking.files import fsync_path, write_text
@@ -90,10 +90,10 @@ def write_torch_dist(step: Path, model: SourceModel, transfer: Transfer, *, max_
     mine = [pieces[i] for i in my_share(len(pieces))]
     if this_rank() == 0:
         mine += [_Piece(MetadataIndex(key)) for key in extra]
-    files = in_files(mine, [model.num_bytes(piece.weight) if piece.weight else 0 for piece in mine], max_file_size)
+    sizes = (model.num_bytes(piece.weight) if piece.weight else 0 for piece in mine)
     jobs = [
         partial(_write_file, step / f"__{this_rank()}_{number}.distcp", held, model, transfer)
-        for number, held in enumerate(files)
+        for number, held in enumerate(up_to(mine, sizes, max_file_size))
     ]
     step.mkdir(exist_ok=True)
     # Nothing reads the checksums of torch.save's archives back, and they take most of the time.

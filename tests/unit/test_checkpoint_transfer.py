@@ -22,7 +22,7 @@ from megatron_bpdg.checkpoint import convert, files
 from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.files import partial_path
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.transfer import Budget, Transfer
+from megatron_bpdg.checkpoint.transfer import Transfer
 from tests.checkpoint_fixtures import save_tiny
 
 # Small files: several of them for a tiny model.
@@ -57,20 +57,20 @@ def test_memory_under_way_stays_in_its_bounds() -> None:
 
 
 def test_a_tensor_above_the_bound_goes_alone() -> None:
-    budget, alone, order = Budget(10), threading.Event(), []
+    transfer, alone, order = Transfer(workers=2, memory=10), threading.Event(), []
 
     def large() -> None:
-        with budget.hold(100):
+        with transfer.tensor(0, 100):
             order.append("large")
             alone.wait(10)
             order.append("large done")
 
     def small() -> None:
-        with budget.hold(1):
+        with transfer.tensor(0, 1):
             order.append("small")
 
     threads = [threading.Thread(target=large), threading.Thread(target=small)]
-    with budget.hold(4):
+    with transfer.tensor(0, 4):
         threads[0].start()
         time.sleep(0.05)
         order.append("first done")
@@ -82,7 +82,7 @@ def test_a_tensor_above_the_bound_goes_alone() -> None:
     for thread in threads:
         thread.join()
     assert order == ["first done", "large", "large done", "small"]
-    with budget.hold(10):
+    with transfer.tensor(0, 10):
         pass
 
 
