@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -87,3 +88,19 @@ def save_tiny_qwen3(path: Path, *, tied: bool, **options: Any) -> Path:
 def save_tiny_moe(path: Path, *, tied: bool, **options: Any) -> Path:
     """`save_tiny` of a Qwen3-MoE."""
     return save_tiny(path, "qwen3_moe", tied=tied, **options)
+
+
+def compare_hf(a: Path, b: Path) -> list[str]:
+    """Every tensor that two HF checkpoints do not share bit for bit, read by safetensors itself; files do not count."""
+    left, right = (
+        {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for path in (a, b)
+    )
+    return sorted(
+        name
+        for name in left.keys() | right.keys()
+        if name not in left
+        or name not in right
+        or (left[name].dtype, left[name].shape) != (right[name].dtype, right[name].shape)
+        or not torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
+    )

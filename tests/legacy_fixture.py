@@ -74,7 +74,7 @@ def save_legacy(hf: Path, path: Path, layout: LegacyLayout, *, padded_rows: int 
                             continue
                         chunk[_local_name(key, weight, layout)] = shard.clone()
                     if mapping.tied and stage == stages - 1 and stages > 1:
-                        chunk[OUTPUT_LAYER] = mapping.embedding.shard(full[EMBEDDING], t, layout.tensor).clone()
+                        chunk[OUTPUT_LAYER] = mapping.by_key[EMBEDDING].shard(full[EMBEDDING], t, layout.tensor).clone()
                     chunk["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
                     chunks.append(_fuse_experts(chunk) if layout.spec == "te-fused-experts" else chunk)
                 name = f"mp_rank_{t:02d}"
@@ -108,7 +108,7 @@ def save_legacy(hf: Path, path: Path, layout: LegacyLayout, *, padded_rows: int 
 def _local_name(key: str, weight: Any, layout: LegacyLayout) -> str:
     if isinstance(weight, Expert):
         prefix, _, suffix = key.partition(f"experts.experts.{weight.expert}.")
-        local = weight.local_expert(layout.expert)
+        local = weight.expert % (weight.num_experts // layout.expert)
         if layout.spec == "torch":
             return f"{prefix}experts.local_experts.{local}.{suffix}"
         return f"{prefix}experts.{suffix}{local}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,28 +20,26 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.directory import RELEASE, Source, write_hf_folder
-from megatron_bpdg.checkpoint.files import check_disk_space, check_free, copy_sidecars, staged_directory
+from megatron_bpdg.checkpoint.directory import HF_FOLDER, RELEASE, Source, write_hf_folder
+from megatron_bpdg.checkpoint.files import staged_directory
 from megatron_bpdg.checkpoint.hf import (
     MAX_SHARD_SIZE,
-    HFCheckpoint,
     Shard,
+    dtype_name,
     hf_plan,
     plan_shards,
     same_bytes,
     set_config_dtype,
-    write_index,
+    write_hf_common,
     write_shard,
 )
 from megatron_bpdg.checkpoint.legacy import is_legacy
-from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
-from megatron_bpdg.checkpoint.source import Cast, SourceModel, is_megatron, open_source
-from megatron_bpdg.checkpoint.torch_dist import is_torch_dist
+from megatron_bpdg.checkpoint.mapping import EMBEDDING, MappingError
+from megatron_bpdg.checkpoint.patterns import Weight
+from megatron_bpdg.checkpoint.source import SourceModel, is_megatron, open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import (
     MAX_FILE_SIZE,
     check_stacked_dtypes,
-    weight_bytes,
     write_dist_common,
     write_torch_dist,
 )
@@ -111,9 +109,9 @@ def convert(
     to_hf = is_megatron(source) if to is None else to == "hf"
     if to_hf and not is_megatron(source):
         raise ValueError(f"{source} is not a Megatron checkpoint: it cannot be converted to HF")
-    if not to_hf and is_torch_dist(source) and not is_legacy(source):
+    if not to_hf and is_megatron(source) and not is_legacy(source):
         raise ValueError(f"{source} is a Megatron checkpoint already; it loads at any parallel layout as it is")
-    if agree is not None and is_megatron(source) and not is_torch_dist(source):
+    if agree is not None and is_legacy(source):
         raise ValueError(
             "--verify-logits compares an HF directory with a torch_dist checkpoint, not with mp_rank files"
         )
@@ -176,32 +174,21 @@ def hf_to_megatron(
         RuntimeError: another rank failed.
         ValueError: a model or feature that is not supported; `dst` holds the source.
     """
-    cast = Cast(options.dtype)
-    model = open_source(Path(src), hf_source, mixed=options.dtype is not None)
-    mapping = model.mapping
-    dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    check_stacked_dtypes(mapping, dtypes)
+    model = open_source(Path(src), hf_source, options.dtype)
+    check_stacked_dtypes(model)
 
-    def write(building: Path, transfer: Transfer) -> None:
-        write_torch_dist(
-            building / RELEASE,
-            mapping,
-            dtypes,
-            lambda weight: model.read(weight, cast),
-            lambda weight: _cost(model, weight, cast),
-            transfer,
-            max_file_size=options.max_file_size or MAX_FILE_SIZE,
-        )
-
-    def finish(building: Path) -> None:
+    def finish() -> None:
         write_dist_common(building, model.config)
-        dtype = str(dtypes[mapping.embedding.key]).removeprefix("torch.")
+        dtype = dtype_name(model.dtypes[EMBEDDING])
         write_hf_folder(building, model.hf_folder, Source(model.has_lm_head, model.config["vocab_size"], dtype))
         if options.dtype is not None:
-            set_config_dtype(building / "hf" / "config.json", options.dtype)
+            set_config_dtype(building / HF_FOLDER / "config.json", options.dtype)
 
-    sizes = [weight_bytes(weight, dtypes[weight.key]) for weight in mapping.weights]
-    return _convert(model, Path(dst), "to Megatron", sizes, write, finish, cast, options, console)
+    sizes = [model.num_bytes(weight) for weight in model.mapping.weights]
+    with _building(model, Path(dst), "to Megatron", sizes, options, console) as (building, transfer):
+        write_torch_dist(building / RELEASE, model, transfer, max_file_size=options.max_file_size or MAX_FILE_SIZE)
+        on_first(finish)
+    return Path(dst)
 
 
 def megatron_to_hf(
@@ -214,110 +201,88 @@ def megatron_to_hf(
 ) -> Path:
     """Convert a Megatron checkpoint (torch_dist at any layout, or mp_rank files) to an HF model directory.
 
-    Args:
-        src: checkpoint directory with a tracker, or one step's directory.
-        dst: new HF directory.
-        hf_source: see `open_source`.
-        options, console: as for `hf_to_megatron`.
-
-    Returns:
-        `dst`.
-
-    Raises:
-        As `hf_to_megatron`.
+    Memory, arguments, ranks and errors are those of `hf_to_megatron`.
     """
-    cast = Cast(options.dtype)
-    model = open_source(Path(src), hf_source, mixed=options.dtype is not None)
+    model = open_source(Path(src), hf_source, options.dtype)
     mapping = model.mapping
-    dtypes = {key: cast.of(dtype) for key, dtype in model.dtypes.items()}
-    plan = hf_plan(mapping, dtypes, lm_head=model.has_lm_head)
+    plan = hf_plan(mapping, model.dtypes, lm_head=model.has_lm_head)
     shards = plan_shards(plan, options.max_file_size or MAX_SHARD_SIZE)
-    weight_of = {name: weight for weight in mapping.weights for name in weight.hf_names}
-    if mapping.tied:
-        weight_of[LM_HEAD] = mapping.embedding
+    weight_of = {name: weight for weight in mapping.weights for name in mapping.hf_shapes(weight, lm_head=True)}
 
-    def tensors(shard: Shard, transfer: Transfer) -> Iterator[tuple[str, Tensor]]:
+    def tensors(shard: Shard) -> Iterator[tuple[str, Tensor]]:
         """What a file holds; its neighbours from one Megatron tensor are read together."""
         for weight, group in groupby(shard.tensors, lambda tensor: weight_of[tensor.name]):
             planned = list(group)
-            with transfer.tensor(sum(t.num_bytes for t in planned), _cost(model, weight, cast)):
-                parts = weight.split(model.read(weight, cast))
+            with transfer.tensor(sum(tensor.num_bytes for tensor in planned), model.cost(weight)):
+                parts = mapping.hf_parts(weight, model.read(weight), lm_head=True)
                 for tensor in planned:
-                    # A tied model's repeated head is the only tensor under a name that its weight does not know.
-                    yield tensor.name, parts[tensor.name if tensor.name in parts else weight.hf_names[0]]
+                    yield tensor.name, parts[tensor.name]
                 del parts
 
-    def write(building: Path, transfer: Transfer) -> None:
-        mine = [shards[i] for i in my_share(len(shards))]
-        each(lambda: transfer.run(partial(write_shard, building, shard, tensors(shard, transfer)) for shard in mine))
-
-    def finish(building: Path) -> None:
-        write_index(building, shards)
-        copy_sidecars(model.hf_folder, building)
-        if options.dtype is not None:
-            set_config_dtype(building / "config.json", options.dtype)
-
     sizes = [shard.num_bytes for shard in shards]
-    return _convert(model, Path(dst), "to HF", sizes, write, finish, cast, options, console)
+    with _building(model, Path(dst), "to HF", sizes, options, console) as (building, transfer):
+        mine = [shards[i] for i in my_share(len(shards))]
+        each(lambda: transfer.run(partial(write_shard, building, shard, tensors(shard)) for shard in mine))
+        on_first(lambda: write_hf_common(building, shards, model.hf_folder, options.dtype))
+    return Path(dst)
 
 
-def _cost(model: SourceModel, weight: Weight, cast: Cast) -> int:
-    """Bytes held while a tensor is under way: its parts as read, and joined, cast or split."""
-    dtype = model.dtypes[weight.key]
-    read, made = weight_bytes(weight, dtype), weight_bytes(weight, cast.of(dtype))
-    return read + made if len(weight.hf_names) > 1 or cast.of(dtype) != dtype else read
-
-
-def _convert(
-    model: SourceModel,
-    dst: Path,
-    title: str,
-    sizes: list[int],
-    write: Callable[[Path, Transfer], object],
-    finish: Callable[[Path], None],
-    cast: Cast,
-    options: Options,
-    console: Console | None,
-) -> Path:
-    """Build `dst`: `write` by all ranks, each its share of the parts whose `sizes` are given, `finish` by the first."""
-    for file in (*model.files, model.hf_folder / "config.json"):
+@contextmanager
+def _building(
+    model: SourceModel, dst: Path, title: str, sizes: list[int], options: Options, console: Console | None
+) -> Iterator[tuple[Path, Transfer]]:
+    """Where `dst` is being built, and how its parts get there, whose `sizes` are given; says at the end how it went."""
+    for file in (*model.checkpoint.files, model.hf_folder / "config.json"):
         if dst.resolve() in file.resolve().parents:
             raise ValueError(f"{dst} holds {file}, which the conversion reads: choose another destination")
 
-    def check() -> None:
-        check_free(dst, overwrite=options.overwrite)
-        check_disk_space(dst, sum(sizes) + _DISK_MARGIN)
-
-    on_first(check)
     started = time.monotonic()
-    with staged_directory(dst, overwrite=options.overwrite) as building:
-        with progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance:
-            write(building, Transfer(options.workers, options.memory, advance))
-        on_first(lambda: finish(building))
-    cast.merge(everyone(cast.counts))
+    with (
+        staged_directory(dst, overwrite=options.overwrite, needed_bytes=sum(sizes) + _DISK_MARGIN) as building,
+        progress_bar(console, title, sum(sizes[i] for i in my_share(len(sizes)))) as advance,
+    ):
+        yield building, Transfer(options.workers, options.memory, advance)
+    model.cast.add_up()
     if console is not None:
         seconds, total = time.monotonic() - started, sum(sizes) / 1e9
         console.print(f"{title}: {total:.2f} GB in {seconds:.1f} s ({total / seconds:.2f} GB/s)")
-        console.print(cast.statement())
-    return dst
+        console.print(model.cast.statement())
 
 
-def compare_hf(a: str | Path, b: str | Path) -> list[str]:
-    """Every difference between two HF checkpoints in names, shapes, dtypes and bytes; empty where there is none.
+def verify_conversion(
+    source: Path, target: Path, *, hf_source: Path | None = None, options: Options = _DEFAULT
+) -> list[str]:
+    """Take the target back to the source's HF tensors and compare names, shapes, dtypes and bytes, streaming.
 
-    How tensors are spread over files does not count.
+    Both are read from disk anew. Where one is an HF directory, its tensors are compared as they are stored there.
+    Collective over the world, whose ranks share the work.
+
+    Args:
+        source, target: what was converted, and what it became.
+        hf_source: see `open_source`; of the source.
+        options: those of the conversion: the source is cast first, as it did.
+
+    Returns:
+        Every difference; on every rank, those of all ranks.
     """
-    left, right = HFCheckpoint(a), HFCheckpoint(b)
-    differences = _unshared(left.shapes, left.path, right.shapes, right.path)
-    for name in left.names:
-        if name in right.shapes and (difference := _difference(left.read(name), right.read(name))):
-            differences.append(f"{name}: {difference}")
-    return differences
+    left, right = open_source(source, hf_source, options.dtype), open_source(target)
+    ours, theirs = (model.mapping.hf_tensors(lm_head=model.has_lm_head) for model in (left, right))
+    differences = [f"{name}: only in {source}" for name in ours if name not in theirs]
+    differences += [f"{name}: only in {target}" for name in theirs if name not in ours]
+    if left.mapping.by_key.keys() != right.mapping.by_key.keys():
+        return differences
+    transfer = Transfer(options.workers, options.memory)
 
+    def compare(weight: Weight) -> list[str]:
+        size = weight.num_bytes(left.stored[weight.key])
+        with transfer.tensor(size, 3 * size):
+            ours, theirs = left.parts(weight), right.parts(right.mapping.by_key[weight.key])
+            pairs = {name: _difference(ours[name], theirs[name]) for name in weight.hf_names}
+            return [f"{name}: {difference}" for name, difference in pairs.items() if difference]
 
-def _unshared(ours: Mapping[str, Shape], our_path: Path, theirs: Mapping[str, Shape], their_path: Path) -> list[str]:
-    differences = [f"{name}: only in {our_path}" for name in ours if name not in theirs]
-    return differences + [f"{name}: only in {their_path}" for name in theirs if name not in ours]
+    share = [left.mapping.weights[i] for i in my_share(len(left.mapping.weights))]
+    mine = each(lambda: transfer.run(partial(compare, weight) for weight in share))
+    return differences + [line for lists in everyone(mine) for lines in lists for line in lines]
 
 
 def _difference(one: Tensor, two: Tensor) -> str | None:
@@ -331,43 +296,3 @@ def _difference(one: Tensor, two: Tensor) -> str | None:
     unequal = one.contiguous().flatten().view(torch.uint8) != two.contiguous().flatten().view(torch.uint8)
     count = int(unequal.view(-1, one.element_size()).any(1).sum())
     return f"{count} of {one.numel()} elements differ"
-
-
-def verify_conversion(
-    source: Path,
-    target: Path,
-    *,
-    hf_source: Path | None = None,
-    options: Options = _DEFAULT,
-) -> list[str]:
-    """Take the target back to the source's HF tensors and compare names, shapes, dtypes and bytes, streaming.
-
-    Both are read from disk anew. Where one is an HF directory, its tensors are compared as they are stored there.
-    Collective over the world, whose ranks share the work.
-
-    Args:
-        source: what was converted.
-        target: what it became.
-        hf_source: see `open_source`; of the source.
-        options: those of the conversion: the source is cast first, as it did.
-
-    Returns:
-        Every difference; on every rank, those of all ranks.
-    """
-    left, right = open_source(source, hf_source, mixed=options.dtype is not None), open_source(target)
-    ours, theirs = (model.mapping.hf_tensors(lm_head=model.has_lm_head) for model in (left, right))
-    differences = _unshared(ours, source, theirs, target)
-    if left.mapping.by_key.keys() != right.mapping.by_key.keys():
-        return differences
-    transfer, cast = Transfer(options.workers, options.memory), Cast(options.dtype)
-
-    def compare(weight: Weight) -> list[str]:
-        size = weight_bytes(weight, left.dtypes[weight.key])
-        with transfer.tensor(size, 3 * size):
-            ours, theirs = left.parts(weight, cast), right.parts(right.mapping.by_key[weight.key], Cast())
-            pairs = {name: _difference(ours[name], theirs[name]) for name in weight.hf_names}
-            return [f"{name}: {difference}" for name, difference in pairs.items() if difference]
-
-    share = [left.mapping.weights[i] for i in my_share(len(left.mapping.weights))]
-    mine = each(lambda: transfer.run(partial(compare, weight) for weight in share))
-    return differences + [line for lists in everyone(mine) for lines in lists for line in lines]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from megatron_bpdg.checkpoint.hf import HFCheckpoint
+from megatron_bpdg.checkpoint.hf import HFCheckpoint, dtype_name
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint
 from megatron_bpdg.checkpoint.mapping import ModelMapping, mapping_for
-from megatron_bpdg.checkpoint.raw import load_foreign
 from megatron_bpdg.checkpoint.source import is_megatron, open_megatron
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_bpdg.models.hf_config import hf_config_of
@@ -67,7 +65,7 @@ def describe(path: Path) -> dict[str, Any]:
         "path": str(hf.path),
         "iteration": None,
         "layout": {"shards": len(hf.files), "lm_head": "stored" if hf.has_lm_head else "the embedding"},
-        **_data(hf.files, [(dtype, hf.tensor_bytes(name)) for name, dtype in hf.dtypes.items()]),
+        **_data(hf.files, hf.stored_sizes),
         **_of_config(hf.config, lambda mapping: hf.check()),
     }
 
@@ -75,16 +73,16 @@ def describe(path: Path) -> dict[str, Any]:
 def _describe_megatron(checkpoint: LegacyCheckpoint | TorchDistCheckpoint) -> dict[str, Any]:
     layout: dict[str, Any]
     if isinstance(checkpoint, LegacyCheckpoint):
-        layout, arguments = {"ranks": checkpoint.sizes}, checkpoint.arguments
+        form, layout = "mp_rank", {"ranks": checkpoint.sizes}
     else:
-        layout = {"layers": "stacked" if checkpoint.stacked else "one key per layer"}
-        arguments = _common_arguments(checkpoint.directory / "common.pt")
-    saved_at = {name: value for name, field in _SAVED_AT.items() if isinstance(value := arguments.get(field), int)}
+        form, layout = "torch_dist", {"layers": "stacked" if checkpoint.stacked else "one key per layer"}
+    saved = {name: checkpoint.arguments.get(field) for name, field in _SAVED_AT.items()}
+    layout["saved_at"] = {name: size for name, size in saved.items() if isinstance(size, int)}
     description = {
-        "format": "mp_rank" if isinstance(checkpoint, LegacyCheckpoint) else "torch_dist",
+        "format": form,
         "path": str(checkpoint.directory),
         "iteration": "release" if checkpoint.iteration is None else checkpoint.iteration,
-        "layout": layout | {"saved_at": saved_at, "optimizer": checkpoint.has_optimizer},
+        "layout": layout | {"optimizer": checkpoint.has_optimizer},
         **_data(checkpoint.files, checkpoint.stored_sizes),
     }
     try:
@@ -108,27 +106,18 @@ def _of_config(config: Mapping[str, Any], check: Callable[[ModelMapping], None])
     }
 
 
-def _data(files: Iterable[Path], sizes: Iterable[tuple[torch.dtype, int]]) -> dict[str, Any]:
+def _data(files: Sequence[Path], sizes: Iterable[tuple[torch.dtype, int]]) -> dict[str, Any]:
     dtypes: dict[str, dict[str, int]] = {}
     for dtype, num_bytes in sizes:
-        entry = dtypes.setdefault(str(dtype).removeprefix("torch."), {"tensors": 0, "bytes": 0})
+        entry = dtypes.setdefault(dtype_name(dtype), {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += num_bytes
-    files = list(files)
     return {
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
         "tensors": sum(entry["tensors"] for entry in dtypes.values()),
         "dtypes": dtypes,
     }
-
-
-def _common_arguments(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        return {}
-    common = load_foreign(file)
-    arguments = common.get("args") if isinstance(common, dict) else None
-    return vars(arguments) if isinstance(arguments, Namespace) else {}
 
 
 def description_table(description: Mapping[str, Any]) -> Table:

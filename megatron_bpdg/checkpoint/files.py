@@ -5,16 +5,15 @@ from __future__ import annotations
 import fcntl
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_bpdg.data.batch import Item, up_to
 from megatron_bpdg.parallel.together import on_first
 from megatron_bpdg.tracking.files import fsync_path
 
 # Kept next to the weights so that a converted checkpoint serves as a model directory by itself.
-SIDECAR_PATTERNS = (
+_SIDECARS = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -27,36 +26,13 @@ SIDECAR_PATTERNS = (
 _LOCK = ".lock"
 
 
-def check_free(destination: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError where `destination` is occupied and may not be replaced."""
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists() and not overwrite:
-        raise FileExistsError(f"{destination} exists: choose another destination or ask to overwrite it")
-    if destination.exists() and not destination.is_dir():
-        raise FileExistsError(f"{destination} is a file, not a directory: choose another destination")
-
-
-def check_disk_space(destination: Path, needed_bytes: int) -> None:
-    """Raise OSError where the file system of `destination` cannot take `needed_bytes` more."""
-    parent = destination.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise OSError(
-            f"not enough disk space for {destination}: {needed_bytes / 2**30:.2f} GiB needed, "
-            f"{free / 2**30:.2f} GiB free in {parent}"
-        )
-
-
 def partial_path(destination: Path) -> Path:
     """Where `destination` is being built."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 @contextmanager
-def staged_directory(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(destination: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
     """A sibling directory that becomes `destination` when the with-block ends well on all ranks, else is removed.
 
     What a process that was killed left there is removed first. Collective over the world.
@@ -64,15 +40,17 @@ def staged_directory(destination: Path, *, overwrite: bool = False) -> Iterator[
     Args:
         destination: what it becomes.
         overwrite: replace an existing `destination`.
+        needed_bytes: what the file system must be able to take.
 
     Raises:
         FileExistsError: where `destination` is not empty and `overwrite` is false.
-        OSError: another process is building it.
+        OSError: not enough disk space, or another process is building it.
     """
     staging = partial_path(destination)
 
     def claim() -> None:
-        check_free(destination, overwrite=overwrite)
+        _check_free(destination, overwrite)
+        _check_disk_space(destination, needed_bytes)
         staging.mkdir(parents=True, exist_ok=True)
         lock = claimed.enter_context((staging / _LOCK).open("w"))
         try:
@@ -86,7 +64,7 @@ def staged_directory(destination: Path, *, overwrite: bool = False) -> Iterator[
 
     def publish() -> None:
         (staging / _LOCK).unlink()
-        check_free(destination, overwrite=overwrite)
+        _check_free(destination, overwrite)
         publish_directory(staging, destination)
 
     with ExitStack() as claimed:  # the first rank's alone
@@ -95,15 +73,25 @@ def staged_directory(destination: Path, *, overwrite: bool = False) -> Iterator[
         on_first(publish)
 
 
-def in_files(items: Sequence[Item], sizes: Sequence[int], max_file_size: int) -> list[list[Item]]:
-    """Spread items, in order, over files of at most `max_file_size` bytes; a larger one has a file of its own.
+def _check_free(destination: Path, overwrite: bool) -> None:
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} exists: choose another destination or ask to overwrite it")
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"{destination} is a file, not a directory: choose another destination")
 
-    Raises:
-        ValueError: a `max_file_size` below 1.
-    """
-    if max_file_size < 1:
-        raise ValueError(f"max_file_size {max_file_size} must be at least 1 byte")
-    return list(up_to(items, sizes, max_file_size)) or [[]]
+
+def _check_disk_space(destination: Path, needed_bytes: int) -> None:
+    parent = destination.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise OSError(
+            f"not enough disk space for {destination}: {needed_bytes / 2**30:.2f} GiB needed, "
+            f"{free / 2**30:.2f} GiB free in {parent}"
+        )
 
 
 def publish_directory(staging: Path, destination: Path) -> None:
@@ -119,11 +107,9 @@ def publish_directory(staging: Path, destination: Path) -> None:
         shutil.rmtree(retired)
 
 
-def copy_sidecars(source: Path, destination: Path) -> list[str]:
-    """Copy config, generation config and tokenizer files; returns their names."""
+def copy_sidecars(source: Path, destination: Path) -> None:
+    """Copy config, generation config and tokenizer files."""
     destination.mkdir(parents=True, exist_ok=True)
-    names = sorted({file.name for pattern in SIDECAR_PATTERNS for file in source.glob(pattern) if file.is_file()})
-    for name in names:
+    for name in {file.name for pattern in _SIDECARS for file in source.glob(pattern) if file.is_file()}:
         shutil.copyfile(source / name, destination / name)
         fsync_path(destination / name)
-    return names

@@ -16,22 +16,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bpdg.checkpoint.directory import read_source
-from megatron_bpdg.checkpoint.files import in_files
+from megatron_bpdg.checkpoint.files import copy_sidecars
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError, ModelMapping, mapping_for
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
+from megatron_bpdg.checkpoint.patterns import Shape
+from megatron_bpdg.data.batch import up_to
 from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.tracking.files import write_text
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_COMPARE_ROWS = 8192
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HFCheckpoint:
@@ -95,27 +90,14 @@ class HFCheckpoint:
         return located
 
     @property
-    def names(self) -> list[str]:
-        return list(self.shapes)
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head shares the embedding, from the config."""
-        return bool(self.config["tie_word_embeddings"])
-
-    @property
     def has_lm_head(self) -> bool:
         """Whether `lm_head.weight` is stored; some tied releases carry it."""
         return LM_HEAD in self.shapes
 
     @property
-    def num_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(self.tensor_bytes(name) for name in self.names)
-
-    def tensor_bytes(self, name: str) -> int:
-        """Size of a tensor."""
-        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
+    def stored_sizes(self) -> list[tuple[torch.dtype, int]]:
+        """dtype and bytes of every tensor."""
+        return [(dtype, math.prod(self.shapes[name]) * dtype.itemsize) for name, dtype in self.dtypes.items()]
 
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
         """A tensor, or ``[start, start + length)`` of its dimension `dim`, from disk. A `patterns.TensorReader`."""
@@ -135,17 +117,11 @@ class HFCheckpoint:
         A tied model's `lm_head.weight` may be present if it equals the embedding.
         """
         self.mapping.check_hf(self.shapes, str(self.path))
-        if not (self.tied and self.has_lm_head):
-            return
-        rows = self.shapes[LM_HEAD][0]
-        for start in range(0, rows, _COMPARE_ROWS):
-            length = min(_COMPARE_ROWS, rows - start)
-            head, embedding = (self.read(name, 0, start, length) for name in (LM_HEAD, HF_EMBEDDING))
-            if not same_bytes(head, embedding):
-                raise MappingError(
-                    f"{self.path}: config.json says tie_word_embeddings true, but {LM_HEAD} differs from "
-                    f"{HF_EMBEDDING}; set tie_word_embeddings false or remove {LM_HEAD}"
-                )
+        if self.mapping.tied and self.has_lm_head and not same_bytes(self.read(LM_HEAD), self.read(HF_EMBEDDING)):
+            raise MappingError(
+                f"{self.path}: config.json says tie_word_embeddings true, but {LM_HEAD} differs from "
+                f"{HF_EMBEDDING}; set tie_word_embeddings false or remove {LM_HEAD}"
+            )
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -153,6 +129,11 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -235,7 +216,7 @@ def plan_shards(plan: Sequence[TensorPlan], max_shard_size: int = MAX_SHARD_SIZE
     """Spread tensors over files of at most `max_shard_size` bytes of tensors; a larger one has a file of its own.
 
     Raises:
-        ValueError: a dtype that is not written, a repeated name, a `max_shard_size` below 1.
+        ValueError: a dtype that is not written, a repeated name.
     """
     names: set[str] = set()
     for tensor in plan:
@@ -244,7 +225,7 @@ def plan_shards(plan: Sequence[TensorPlan], max_shard_size: int = MAX_SHARD_SIZE
         if tensor.dtype not in _DTYPE_NAMES:
             raise ValueError(f"{tensor.name}: dtype {tensor.dtype} cannot be written")
         names.add(tensor.name)
-    files = in_files(plan, [tensor.num_bytes for tensor in plan], max_shard_size)
+    files = list(up_to(plan, (tensor.num_bytes for tensor in plan), max_shard_size))
     if len(files) == 1:
         return [Shard(SINGLE_FILE, files[0])]
     return [
@@ -278,14 +259,23 @@ def write_shard(directory: Path, shard: Shard, tensors: Iterator[tuple[str, Tens
         os.fsync(stream.fileno())
 
 
-def write_index(directory: Path, shards: Sequence[Shard]) -> None:
-    """Write the index of several files; one file needs none."""
-    if len(shards) == 1:
-        return
-    total = sum(shard.num_bytes for shard in shards)
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+def write_hf_common(directory: Path, shards: Sequence[Shard], hf_folder: Path, dtype: torch.dtype | None) -> None:
+    """Write what surrounds the files of tensors: the index of several, and config and tokenizer.
+
+    Args:
+        directory: the new HF directory.
+        shards: its files.
+        hf_folder: where config and tokenizer come from.
+        dtype: what the config says of the weights; None: as it is.
+    """
+    if len(shards) > 1:
+        total = sum(shard.num_bytes for shard in shards)
+        weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    copy_sidecars(hf_folder, directory)
+    if dtype is not None:
+        set_config_dtype(directory / "config.json", dtype)
 
 
 def emits_lm_head(hf_folder: Path) -> bool:
@@ -298,31 +288,19 @@ def emits_lm_head(hf_folder: Path) -> bool:
 
 
 def hf_plan(mapping: ModelMapping, dtypes: Mapping[str, torch.dtype], *, lm_head: bool) -> list[TensorPlan]:
-    """What `hf_parts` will yield over all weights, by canonical key's dtype."""
-    plan = []
-    for weight in mapping.weights:
-        plan += [
-            TensorPlan(name, shape, dtypes[weight.key])
-            for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
-        ]
-        if mapping.tied and lm_head and weight is mapping.embedding:
-            plan.append(TensorPlan(LM_HEAD, weight.hf_shapes[0], dtypes[weight.key]))
-    return plan
-
-
-def hf_parts(mapping: ModelMapping, weight: Weight, full: Tensor, *, lm_head: bool) -> Iterator[tuple[str, Tensor]]:
-    """The HF tensors of one full Megatron tensor; for a tied model with `lm_head`, the embedding under both names."""
-    for name, tensor in weight.megatron_to_hf(full).items():
-        yield name, tensor
-        if mapping.tied and lm_head and weight is mapping.embedding:
-            yield LM_HEAD, tensor
+    """What `ModelMapping.hf_parts` gives over all weights, by canonical key's dtype."""
+    return [
+        TensorPlan(name, shape, dtypes[weight.key])
+        for weight in mapping.weights
+        for name, shape in mapping.hf_shapes(weight, lm_head).items()
+    ]
 
 
 def set_config_dtype(file: Path, dtype: torch.dtype) -> None:
     """Make config.json name the dtype that the weights now have, in the spelling the file uses."""
     config = json.loads(file.read_text(encoding="utf-8"))
     field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if config.get(field) == (name := str(dtype).removeprefix("torch.")):
+    if config.get(field) == (name := dtype_name(dtype)):
         return
     config[field] = name
     write_text(file, json.dumps(config, indent=2) + "\n")

@@ -14,8 +14,7 @@ virtual stages included. Files are mapped without running code from them.
 from __future__ import annotations
 
 import re
-from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_bpdg.checkpoint.directory import StepDirectory, step_directory
 from megatron_bpdg.checkpoint.hf import same_bytes
 from megatron_bpdg.checkpoint.mapping import (
     EMBEDDING,
+    LAYER,
     OUTPUT_LAYER,
     MappingError,
     ModelMapping,
@@ -35,11 +35,10 @@ from megatron_bpdg.checkpoint.mapping import (
     raise_on_mismatch,
 )
 from megatron_bpdg.checkpoint.patterns import Expert, Weight
-from megatron_bpdg.checkpoint.raw import load_foreign
+from megatron_bpdg.checkpoint.raw import arguments_of, load_foreign
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # All local experts in one matrix (Megatron-Core's former GroupedMLP), input dimension first.
 _FUSED_EXPERTS = re.compile(r"mlp\.experts\.weight([12])$")
 
@@ -57,6 +56,9 @@ class LegacyCheckpoint(StepDirectory):
     """The weights of an mp_rank checkpoint, whole tensors over all its ranks. Optimizer state is ignored.
 
     Attributes:
+        files: data files, one per rank.
+        arguments: Megatron-LM's, as the first file has them.
+        has_optimizer: whether optimizer state was saved along.
         sizes: model-parallel sizes: tensor, pipeline, expert, expert_tensor.
 
     Raises:
@@ -66,15 +68,14 @@ class LegacyCheckpoint(StepDirectory):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._states = {name: _load(self._file(name)) for name in self._names()}
-        first = next(iter(self._states.values()))
-        self.arguments = vars(first["args"]) if isinstance(first.get("args"), Namespace) else {}
-        self._positions = self._place_ranks()
+        names = sorted(entry.name for entry in self.directory.iterdir() if _RANK.match(entry.name))
+        self.files = [self._file(name) for name in names]
+        states = [load_foreign(file) for file in self.files]
+        self.arguments = arguments_of(states[0])
+        self.has_optimizer = any("optimizer" in state for state in states)
+        self._positions = [self._position(name) for name in names]
         self.sizes = self._sizes()
-        self._shards = self._index()
-
-    def _names(self) -> list[str]:
-        return sorted(path.name for path in self.directory.iterdir() if _RANK.match(path.name))
+        self._shards = self._index([_chunks(*pair) for pair in zip(self.files, states, strict=True)])
 
     def _file(self, name: str) -> Path:
         for candidate in _FILES:
@@ -82,94 +83,63 @@ class LegacyCheckpoint(StepDirectory):
                 return file
         raise FileNotFoundError(f"{self.directory / name} has no {_FILES[0]}")
 
-    def _place_ranks(self) -> dict[str, _Position]:
-        experts = int(self.arguments.get("expert_model_parallel_size") or 1) > 1
-        positions = {}
-        for name in self._states:
-            match = _RANK.match(name)
-            assert match is not None
-            tensor, *rest = (int(digits) for digits in match.groups() if digits is not None)
-            if len(rest) == 1 and experts:
-                rest = [0, *rest]  # the suffix of the only other parallelism in use
-            positions[name] = _Position(tensor, *rest, *[0] * (2 - len(rest)))
-        return positions
+    def _position(self, name: str) -> _Position:
+        match = _RANK.match(name)
+        assert match is not None
+        tensor, *rest = (int(digits) for digits in match.groups() if digits is not None)
+        if len(rest) == 1 and int(self.arguments.get("expert_model_parallel_size") or 1) > 1:
+            rest = [0, *rest]  # the suffix of the only other parallelism in use
+        return _Position(tensor, *rest, *[0] * (2 - len(rest)))
 
     def _sizes(self) -> dict[str, int]:
-        positions = self._positions.values()
-        tensor, pipeline, expert = (
-            1 + max(getattr(position, axis) for position in positions) for axis in ("tensor", "pipeline", "expert")
-        )
-        expert_tensor = int(self.arguments.get("expert_tensor_parallel_size") or tensor)
-        if expert_tensor not in (1, tensor):
+        sizes = {
+            axis: 1 + max(getattr(position, axis) for position in self._positions)
+            for axis in ("tensor", "pipeline", "expert")
+        }
+        expert_tensor = int(self.arguments.get("expert_tensor_parallel_size") or sizes["tensor"])
+        if expert_tensor not in (1, sizes["tensor"]):
             raise ValueError(
-                f"{self.directory}: expert-tensor-parallel size {expert_tensor} beside tensor-parallel size {tensor} "
-                "is not supported in this format (only 1 or the same); save it as torch_dist"
+                f"{self.directory}: expert-tensor-parallel size {expert_tensor} beside tensor-parallel size "
+                f"{sizes['tensor']} is not supported in this format (only 1 or the same); save it as torch_dist"
             )
         absent = [
-            f"tensor {t} pipeline {p}"
-            for t in range(tensor)
-            for p in range(pipeline)
-            if not any((position.tensor, position.pipeline) == (t, p) for position in positions)
-        ]
-        absent += [
-            f"expert {e} pipeline {p}"
-            for e in range(expert)
-            for p in range(pipeline)
-            if not any((position.expert, position.pipeline) == (e, p) for position in positions)
+            f"{axis} {rank} pipeline {stage}"
+            for axis in ("tensor", "expert")
+            for rank in range(sizes[axis])
+            for stage in range(sizes["pipeline"])
+            if not any((getattr(position, axis), position.pipeline) == (rank, stage) for position in self._positions)
         ]
         if absent:
             raise FileNotFoundError(f"{self.directory}: no file of rank {', '.join(absent)}")
-        return {"tensor": tensor, "pipeline": pipeline, "expert": expert, "expert_tensor": expert_tensor}
+        return sizes | {"expert_tensor": expert_tensor}
 
-    def _chunks(self, name: str) -> list[dict[str, Any]]:
-        """State dicts of a file's model chunks: one, or one per virtual stage."""
-        state = self._states[name]
-        keys = ["model"] if "model" in state else sorted(key for key in state if re.fullmatch(r"model\d+", key))
-        chunks = [state[key] for key in keys]
-        if not chunks or not all(isinstance(chunk, dict) for chunk in chunks):
-            raise ValueError(f"{self._file(name)} has no model weights; its entries: {', '.join(map(str, state))}")
-        if any("language_model" in chunk for chunk in chunks):
-            raise ValueError(f"{self._file(name)} is of a model from before Megatron-Core, which is not supported")
-        return chunks
-
-    def _index(self) -> dict[str, dict[_Position, Tensor]]:
-        """Canonical key -> shard of each rank that holds it."""
+    def _index(self, chunks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[_Position, Tensor]]:
+        """Canonical key -> shard of each rank that holds it; `chunks` of each file, one per virtual stage."""
+        held = [
+            (position, number, chunk)
+            for position, of_file in zip(self._positions, chunks, strict=True)
+            for number, chunk in enumerate(of_file)
+        ]
+        # Virtual stages go over all pipeline ranks in turn. Their layers are counted, so uneven ones need no arguments.
+        counts = {(number, position.pipeline): _num_layers(chunk) for position, number, chunk in held}
+        first_layers, total = {}, 0
+        for stage in sorted(counts):
+            first_layers[stage] = total
+            total += counts[stage]
         found: dict[str, dict[_Position, Tensor]] = {}
-        offsets = self._layer_offsets()
-        for name, position in self._positions.items():
-            for number, chunk in enumerate(self._chunks(name)):
-                offset = offsets[number, position.pipeline]
-                for key, shard in self._tensors(position, chunk, offset):
-                    found.setdefault(key, {})[position] = shard
+        for position, number, chunk in held:
+            for key, shard in self._tensors(position, chunk, first_layers[number, position.pipeline]):
+                found.setdefault(key, {})[position] = shard
         return found
-
-    def _layer_offsets(self) -> dict[tuple[int, int], int]:
-        """(virtual stage, pipeline rank) -> global index of its first layer: virtual stages go over all ranks in turn.
-
-        Counted from the layers that are there, so uneven stages need no further arguments.
-        """
-        names = {position.pipeline: name for name, position in self._positions.items()}
-        counts = {}
-        for rank, name in names.items():
-            for number, chunk in enumerate(self._chunks(name)):
-                layers = [int(match.group(1)) for key in chunk if (match := _LAYER.match(key))]
-                counts[number, rank] = max(layers, default=-1) + 1
-        offsets, total = {}, 0
-        for at in sorted(counts):
-            offsets[at] = total
-            total += counts[at]
-        return offsets
 
     def _tensors(
         self, position: _Position, chunk: Mapping[str, Any], layer_offset: int
     ) -> Iterable[tuple[str, Tensor]]:
-        routers = {
-            match.group() for key in chunk if (match := _LAYER.match(key)) and key.endswith(".mlp.router.weight")
-        }
+        routers = {match.group() for key in chunk if (match := LAYER.match(key)) and key.endswith(".mlp.router.weight")}
         for key, tensor in chunk.items():
             if not isinstance(tensor, Tensor) or key.endswith("_extra_state"):
                 continue
-            layer = _LAYER.match(key)
+            layer = LAYER.match(key)
             has_experts = layer is not None and layer.group() in routers
             if layer:
                 key = f"decoder.layers.{int(layer.group(1)) + layer_offset}.{key[layer.end() :]}"
@@ -196,16 +166,6 @@ class LegacyCheckpoint(StepDirectory):
         for e, expert in enumerate(experts):
             key = f"{prefix}mlp.experts.experts.{count * position.expert + e}.linear_fc{number}.weight"
             yield key, expert.T
-
-    @property
-    def files(self) -> list[Path]:
-        """Data files."""
-        return [self._file(name) for name in self._names()]
-
-    @property
-    def has_optimizer(self) -> bool:
-        """Whether optimizer state was saved along."""
-        return any("optimizer" in state for state in self._states.values())
 
     @property
     def stored_sizes(self) -> list[tuple[torch.dtype, int]]:
@@ -235,7 +195,7 @@ class LegacyCheckpoint(StepDirectory):
         found = [key for key in self._shards if not (mapping.tied and key == OUTPUT_LAYER)]
         raise_on_mismatch(mapping.by_key, found, wrong, str(self.directory))
         if mapping.tied and OUTPUT_LAYER in self._shards:
-            self._check_tied_head(mapping.embedding)
+            self._check_tied_head()
 
     def _problem(self, weight: Weight) -> str | None:
         size = self.sizes["expert_tensor" if isinstance(weight, Expert) else "tensor"]
@@ -250,14 +210,14 @@ class LegacyCheckpoint(StepDirectory):
             return f"shape {', '.join(map(str, shapes))} on {size} ranks, expected {weight.megatron_shape} together"
         return None
 
-    def _check_tied_head(self, embedding: Weight) -> None:
+    def _check_tied_head(self) -> None:
         """The last pipeline stage of a tied model keeps a copy of the embedding."""
         for position, head in self._shards[OUTPUT_LAYER].items():
             for other, shard in self._shards[EMBEDDING].items():
                 if other.tensor == position.tensor and not same_bytes(head, shard):
                     raise MappingError(
                         f"{self.directory}: the model's config says tie_word_embeddings true, but {OUTPUT_LAYER} "
-                        f"differs from {embedding.key}; is this the config of another model?"
+                        f"differs from {EMBEDDING}; is this the config of another model?"
                     )
 
     def read_weight(self, weight: Weight) -> Tensor:
@@ -274,8 +234,17 @@ def is_legacy(path: Path) -> bool:
     return any(_RANK.match(entry.name) for entry in directory.iterdir())
 
 
-def _load(file: Path) -> dict[str, Any]:
-    state = load_foreign(file)
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds {type(state).__name__}, expected a dictionary with the model's state")
-    return state
+def _chunks(file: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """State dicts of a file's model chunks: one, or one per virtual stage."""
+    stages = sorted(int(match.group(1)) for key in state if (match := re.fullmatch(r"model(\d+)", key)))
+    keys = ["model"] if "model" in state else [f"model{stage}" for stage in stages]
+    chunks = [state[key] for key in keys]
+    if not chunks or not all(isinstance(chunk, dict) for chunk in chunks):
+        raise ValueError(f"{file} has no model weights; its entries: {', '.join(map(str, state))}")
+    if any("language_model" in chunk for chunk in chunks):
+        raise ValueError(f"{file} is of a model from before Megatron-Core, which is not supported")
+    return chunks
+
+
+def _num_layers(chunk: Mapping[str, Any]) -> int:
+    return 1 + max((int(match.group(1)) for key in chunk if (match := LAYER.match(key))), default=-1)

@@ -1,4 +1,4 @@
-"""Weights of live Megatron-Core models: load from HF or torch_dist, save torch_dist, stream out under HF names.
+"""Weights of live Megatron-Core models: load from any checkpoint, save torch_dist, stream out under HF names.
 
 A model is the list of GPTModel chunks of this rank (one, or one per virtual pipeline stage), bare or wrapped (DDP,
 Float16Module). Both layer specs work: parameters are addressed by their Transformer-Engine names with global layer
@@ -7,7 +7,6 @@ indices. Optimizer state is no business of this module.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,52 +19,23 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_bpdg.checkpoint.directory import TRACKER_FILE, Source, write_hf_folder
-from megatron_bpdg.checkpoint.files import copy_sidecars, publish_directory, staged_directory
-from megatron_bpdg.checkpoint.hf import (
-    MAX_SHARD_SIZE,
-    HFCheckpoint,
-    emits_lm_head,
-    hf_parts,
-    hf_plan,
-    plan_shards,
-    set_config_dtype,
-    write_index,
-    write_shard,
+from megatron_bpdg.checkpoint.directory import HF_FOLDER, TRACKER_FILE, Source, write_hf_folder
+from megatron_bpdg.checkpoint.files import publish_directory, staged_directory
+from megatron_bpdg.checkpoint.hf import dtype_name, emits_lm_head, hf_plan, plan_shards, write_hf_common, write_shard
+from megatron_bpdg.checkpoint.mapping import (
+    EMBEDDING,
+    LAYER,
+    OUTPUT_LAYER,
+    ModelMapping,
+    mapping_for,
+    raise_on_mismatch,
 )
-from megatron_bpdg.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, ModelMapping, mapping_for, raise_on_mismatch
-from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
-from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
+from megatron_bpdg.checkpoint.source import open_source
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
-from megatron_bpdg.models.hf_config import hf_config_of, read_hf_config
+from megatron_bpdg.models.hf_config import read_hf_config
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.tracking.files import write_text
-
-_LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One direction in which ranks share the model: my place in it and my group."""
-
-    group: dist.ProcessGroup
-    rank: int
-    size: int
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup) -> _Axis:
-        return cls(group, dist.get_rank(group), dist.get_world_size(group))
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """From the rank at place `source`, into `tensor` everywhere else."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=dist.get_global_rank(self.group, source), group=self.group)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The equally shaped tensors of all places, in order."""
-        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(tensors, tensor, group=self.group)
-        return tensors
 
 
 @dataclass(frozen=True)
@@ -83,10 +53,10 @@ class _Stage:
     mapping: ModelMapping
     parameters: dict[str, nn.Parameter]
     owners: dict[str, tuple[int, Shape, torch.dtype]]
-    pipeline: _Axis
-    expert: _Axis
-    tensor: _Axis
-    expert_tensor: _Axis
+    pipeline: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    expert_tensor: dist.ProcessGroup
 
     @classmethod
     def of(cls, chunks: Sequence[nn.Module], config: Mapping[str, Any]) -> _Stage:
@@ -96,15 +66,15 @@ class _Stage:
         them, listing every problem of every stage, unless the stages together hold each weight exactly once and in
         the right shape.
         """
-        pipeline = _Axis.of(parallel_state.get_pipeline_model_parallel_group())
-        expert = _Axis.of(parallel_state.get_expert_model_parallel_group())
-        tensor = _Axis.of(parallel_state.get_tensor_model_parallel_group())
-        expert_tensor = _Axis.of(parallel_state.get_expert_tensor_parallel_group())
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        expert = parallel_state.get_expert_model_parallel_group()
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        expert_tensor = parallel_state.get_expert_tensor_parallel_group()
         named = _global_names(chunks)
-        vocab_rows = [named[key].shape[0] * tensor.size for key in (EMBEDDING, OUTPUT_LAYER) if key in named]
+        vocab_rows = [named[key].shape[0] * tensor.size() for key in (EMBEDDING, OUTPUT_LAYER) if key in named]
         padded = vocab_rows[0] if vocab_rows and vocab_rows[0] >= config["vocab_size"] else None
         mapping = mapping_for(config, padded)
-        first_expert = config.get("num_experts", 0) // expert.size * expert.rank
+        first_expert = config.get("num_experts", 0) // expert.size() * expert.rank()
         parameters = {mapping.canonical(name, first_expert): parameter for name, parameter in named.items()}
         held: dict[str, tuple[Shape, torch.dtype]] = {}
         wrong: dict[str, str] = {}
@@ -115,11 +85,11 @@ class _Stage:
             weight = mapping.by_key.get(key)
             if weight is not None:
                 cut = expert_tensor if isinstance(weight, Expert) else tensor
-                if problem := _shard_problem(weight, shape, cut.size):
+                if problem := _shard_problem(weight, shape, cut.size()):
                     wrong[key] = problem
         # Ranks that differ in their tensor-parallel place alone say the same.
         group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-        said = everyone((pipeline.rank, held, wrong), group)
+        said = everyone((pipeline.rank(), held, wrong), group)
         owners: dict[str, tuple[int, Shape, torch.dtype]] = {}
         for rank, their_held, their_wrong in sorted(said, key=lambda one: one[0]):
             wrong |= their_wrong
@@ -130,25 +100,27 @@ class _Stage:
         raise_on_mismatch(mapping.by_key, owners, wrong, "live model")
         return cls(mapping, parameters, owners, pipeline, expert, tensor, expert_tensor)
 
-    def cut(self, weight: Weight) -> _Axis:
+    def cut(self, weight: Weight) -> dist.ProcessGroup:
         """Over which ranks this weight's matrix is cut."""
         return self.expert_tensor if isinstance(weight, Expert) else self.tensor
 
-    def full(self, weight: Weight, dtype: torch.dtype | None) -> Tensor:
+    def full(self, weight: Weight) -> Tensor:
         """The whole tensor on every rank: from its expert-parallel rank to the others of its pipeline stage, from its
         stage to the others, and put together from the tensor-parallel parts."""
-        owner, shape, held_dtype = self.owners[weight.key]
-        parameter = self.parameters.get(weight.key)
-        if parameter is not None:
-            shard = parameter.detach().to(dtype or held_dtype, copy=True).contiguous()
+        owner, shape, dtype = self.owners[weight.key]
+        if (parameter := self.parameters.get(weight.key)) is not None:
+            shard = parameter.detach().clone(memory_format=torch.contiguous_format)
         else:
-            device = next(iter(self.parameters.values())).device
-            shard = torch.empty(shape, dtype=dtype or held_dtype, device=device)
-        if isinstance(weight, Expert) and self.pipeline.rank == owner:
-            self.expert.broadcast(shard, weight.ep_rank(self.expert.size))
-        self.pipeline.broadcast(shard, owner)
-        axis = self.cut(weight)
-        shards = axis.gather(shard) if axis.size > 1 and weight.tp_dim is not None else [shard]
+            shard = torch.empty(shape, dtype=dtype, device=next(iter(self.parameters.values())).device)
+        if isinstance(weight, Expert) and self.pipeline.rank() == owner and self.expert.size() > 1:
+            dist.broadcast(shard, group=self.expert, group_src=weight.ep_rank(self.expert.size()))
+        if self.pipeline.size() > 1:
+            dist.broadcast(shard, group=self.pipeline, group_src=owner)
+        cut = self.cut(weight)
+        if weight.tp_dim is None or cut.size() == 1:
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(cut.size())]
+        dist.all_gather(shards, shard, group=cut)
         return weight.unshard(shards)
 
 
@@ -167,7 +139,7 @@ def _global_names(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     named: dict[str, nn.Parameter] = {}
     for chunk in map(unwrap_model, chunks):
         for name, parameter in chunk.named_parameters():
-            layer = _LOCAL_LAYER.match(name)
+            layer = LAYER.match(name)
             if layer:
                 # The layer knows its place; deriving it from the stage would break under uneven or virtual stages.
                 number = chunk.decoder.layers[int(layer.group(1))].layer_number
@@ -178,17 +150,13 @@ def _global_names(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     return named
 
 
-# --- loading -----------------------------------------------------------------------------------------------------
-
-
 def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any]:
-    """Fill every parameter of this rank exactly once from an HF directory or a torch_dist checkpoint.
+    """Fill every parameter of this rank exactly once from a checkpoint of any format.
 
     Each rank reads its own part from disk; there is no communication beyond an agreement that all is complete. Values
     are cast to the parameters' dtype. Padded vocabulary rows become zero; with tied embeddings both copies are filled.
 
     Args:
-        chunks: this rank's model chunks.
         path: HF model directory, or checkpoint directory with an hf folder.
 
     Returns:
@@ -198,52 +166,25 @@ def load_weights(chunks: Sequence[nn.Module], path: str | Path) -> dict[str, Any
         FileNotFoundError: nothing to load at `path`.
         MappingError: checkpoint, config and model do not fit together; lists every tensor.
     """
-    path = Path(path)
-    if is_torch_dist(path):
-        checkpoint = TorchDistCheckpoint(path)
-        config = hf_config_of(checkpoint.hf_folder, checkpoint.root)
-        checkpoint.check(mapping_for(config))
-        _fill(chunks, config, _torch_dist_shards(checkpoint))
-        return config
-    hf = HFCheckpoint(path)
-    hf.check()
-    _fill(chunks, hf.config, lambda weight, rank, size: weight.read_shard(hf.read, rank, size))
-    return hf.config
+    model = open_source(Path(path))
+    _fill(chunks, model.config, model.read_shard)
+    return model.config
 
 
-ReadShard = Callable[[Weight, int, int], Tensor]
-
-
-def _torch_dist_shards(checkpoint: TorchDistCheckpoint) -> ReadShard:
-    def read(weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
-        # Through the HF parts: the stored vocabulary padding need not be this model's.
-        parts = weight.split(checkpoint.read_weight(weight))
-        return weight.shard(weight.hf_to_megatron(list(parts.values())), tp_rank, tp_size)
-
-    return read
-
-
-def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: ReadShard) -> None:
+def _fill(chunks: Sequence[nn.Module], config: Mapping[str, Any], read: Callable[[Weight, int, int], Tensor]) -> None:
     stage = _Stage.of(chunks, config)
     with torch.no_grad():
         for key, parameter in stage.parameters.items():
             weight = stage.mapping.weight_for(key)
-            axis = stage.cut(weight)
-            shard = read(weight, axis.rank, axis.size)
+            cut = stage.cut(weight)
+            shard = read(weight, cut.rank(), cut.size())
             if shard.shape != parameter.shape:
                 raise ValueError(f"{key}: read {tuple(shard.shape)} for a parameter of {tuple(parameter.shape)}")
             parameter.copy_(shard)
 
 
-# --- streaming out -----------------------------------------------------------------------------------------------
-
-
 def iter_hf_weights(
-    chunks: Sequence[nn.Module],
-    config: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    *,
-    lm_head: bool = False,
+    chunks: Sequence[nn.Module], config: Mapping[str, Any], *, lm_head: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the full weights under their HF names; every rank yields the same tensors in the same order.
 
@@ -253,9 +194,7 @@ def iter_hf_weights(
     embeddings come once.
 
     Args:
-        chunks: this rank's model chunks.
         config: normalised HF config (see `hf.read_hf_config`): the true vocabulary is not in the model.
-        dtype: cast to this before communication; None: as the parameters are.
         lm_head: for a tied model, yield the embedding as `lm_head.weight` too.
 
     Yields:
@@ -266,67 +205,52 @@ def iter_hf_weights(
     """
     stage = _Stage.of(chunks, config)
     for weight in stage.mapping.weights:
-        full = stage.full(weight, dtype)
-        yield from hf_parts(stage.mapping, weight, full, lm_head=lm_head)
+        for name, part in stage.mapping.hf_parts(weight, stage.full(weight), lm_head).items():
+            yield name, owned(part)
 
 
-def save_hf(
-    chunks: Sequence[nn.Module],
-    hf_source: str | Path,
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    overwrite: bool = False,
-) -> None:
+def save_hf(chunks: Sequence[nn.Module], hf_source: str | Path, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a live model as an HF directory. Collective over all ranks; global rank 0 writes.
 
     Args:
-        chunks: this rank's model chunks.
         hf_source: HF directory (or a checkpoint's hf folder) that gives config and tokenizer.
         path: new HF directory.
-        dtype: cast to this; None: as the parameters are.
-        max_shard_size: bytes per safetensors file.
         overwrite: replace an existing `path`.
     """
     hf_source, path = Path(hf_source), Path(path)
     config = read_hf_config(hf_source)
     lm_head = emits_lm_head(hf_source)
     stage = _Stage.of(chunks, config)
-    dtypes = {key: dtype or held for key, (_, _, held) in stage.owners.items()}
-    shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head), max_shard_size)
+    dtypes = {key: dtype for key, (_, _, dtype) in stage.owners.items()}
+    shards = plan_shards(hf_plan(stage.mapping, dtypes, lm_head=lm_head))
     with staged_directory(path, overwrite=overwrite) as staging:
-        weights = iter_hf_weights(chunks, config, dtype, lm_head=lm_head)
+        weights = iter_hf_weights(chunks, config, lm_head=lm_head)
         if dist.get_rank() == 0:
             for shard in shards:
                 write_shard(staging, shard, weights)
-            write_index(staging, shards)
-            copy_sidecars(hf_source, staging)
-            set_config_dtype(staging / "config.json", dtypes[EMBEDDING])
+            write_hf_common(staging, shards, hf_source, dtypes[EMBEDDING])
         for _ in weights:  # the other ranks take part in the collectives
             pass
 
 
+@dataclass(frozen=True)
 class LiveWeights:
     """`megatron_bpdg.serving.sglang.weights.base.Weights` of a Megatron model.
 
-    Args:
-        chunks: this rank's model chunks.
+    Attributes:
         hf_config: normalised HF config.
         hf_folder: gives config and tokenizer of the saved directory.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], hf_config: Mapping[str, Any], hf_folder: Path) -> None:
-        self.chunks, self.hf_config, self.hf_folder = chunks, hf_config, hf_folder
+    chunks: Sequence[nn.Module]
+    hf_config: Mapping[str, Any]
+    hf_folder: Path
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter_hf_weights(self.chunks, self.hf_config)
 
     def save(self, path: Path) -> None:
         save_hf(self.chunks, self.hf_folder, path, overwrite=True)
-
-
-# --- saving ------------------------------------------------------------------------------------------------------
 
 
 def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str | Path, iteration: int) -> Path:
@@ -336,7 +260,6 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
     complete; a step saved before under the same number is replaced.
 
     Args:
-        chunks: this rank's model chunks.
         path: checkpoint directory on a file system that all ranks share.
         hf_source: HF directory (or a checkpoint's hf folder) that gives config and tokenizer.
         iteration: the step's number.
@@ -355,8 +278,8 @@ def save_weights(chunks: Sequence[nn.Module], path: str | Path, hf_source: str |
         staging.mkdir(parents=True)
 
     def publish() -> None:
-        if not (path / "hf" / "config.json").is_file():
-            dtype = str(stage.owners[EMBEDDING][2]).removeprefix("torch.")
+        if not (path / HF_FOLDER / "config.json").is_file():
+            dtype = dtype_name(stage.owners[EMBEDDING][2])
             write_hf_folder(path, hf_source, Source(emits_lm_head(hf_source), config["vocab_size"], dtype))
         publish_directory(staging, step)
         write_text(path / TRACKER_FILE, str(iteration))

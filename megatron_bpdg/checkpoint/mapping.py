@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from megatron_bpdg.checkpoint.patterns import (
     QKV,
     ExpertGatedMLP,
@@ -34,7 +36,7 @@ OUTPUT_LAYER = "output_layer.weight"
 LM_HEAD = "lm_head.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Parameter of an expert in a grouped MLP (one module, a weight per expert) and in a sequence of MLPs.
 _LOCAL_EXPERT = re.compile(
     r"mlp\.experts\.(?:(?P<grouped>linear_fc[12])\.weight(?P<i>\d+)"
@@ -72,10 +74,6 @@ class ModelMapping:
         return {weight.key: weight for weight in self.weights}
 
     @property
-    def embedding(self) -> Weight:
-        return self.by_key[EMBEDDING]
-
-    @property
     def homogeneous(self) -> bool:
         """Whether all layers have the same tensors, and are therefore stored stacked."""
         return len(set(self.moe_layers)) <= 1
@@ -92,30 +90,32 @@ class ModelMapping:
             name: parameter name, already with its global layer index; grouped and sequential experts are known.
             first_expert: what is added to the expert's index on its rank: ``E / ep_size * ep_rank``.
         """
-        layer = _LAYER.match(name)
+        layer = LAYER.match(name)
         has_experts = layer is not None and self.moe_layers[int(layer.group(1)) :][:1] == (True,)
         return canonical_name(name, has_experts=has_experts, first_expert=first_expert)
 
     def weight_for(self, key: str) -> Weight:
-        """Entry of a canonical key; for a tied model a second copy of the output layer is the embedding's.
+        """Entry of a canonical key; a tied model's output layer, where it has a copy of it, is the embedding's."""
+        return self.by_key[EMBEDDING if self.tied and key == OUTPUT_LAYER else key]
 
-        Raises:
-            KeyError: where the model has no such tensor.
-        """
-        if self.tied and key == OUTPUT_LAYER:
-            return self.embedding
-        return self.by_key[key]
+    def hf_shapes(self, weight: Weight, lm_head: bool = False) -> dict[str, Shape]:
+        """Names and shapes of the HF tensors of one weight; `lm_head` adds a tied model's redundant head."""
+        shapes = dict(zip(weight.hf_names, weight.hf_shapes, strict=True))
+        if lm_head and self.tied and weight.key == EMBEDDING:
+            shapes[LM_HEAD] = shapes[HF_EMBEDDING]
+        return shapes
+
+    def hf_parts(self, weight: Weight, full: Tensor, lm_head: bool = False) -> dict[str, Tensor]:
+        """The HF tensors of one full Megatron tensor, views of it where the layout allows, under those names."""
+        parts = weight.split(full)
+        if lm_head and self.tied and weight.key == EMBEDDING:
+            parts[LM_HEAD] = parts[HF_EMBEDDING]
+        return parts
 
     def hf_tensors(self, lm_head: bool = False) -> dict[str, Shape]:
-        """Names and shapes of the HF checkpoint; `lm_head` adds the redundant head of a tied model."""
-        tensors = {
-            name: shape
-            for weight in self.weights
-            for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
-        }
-        if self.tied and lm_head:
-            tensors[LM_HEAD] = self.embedding.hf_shapes[0]
-        return tensors
+        """Names and shapes of the whole HF checkpoint; see `hf_shapes`."""
+        shapes = (self.hf_shapes(weight, lm_head) for weight in self.weights)
+        return {name: shape for tensors in shapes for name, shape in tensors.items()}
 
     def check_hf(self, found: Mapping[str, Shape], where: str) -> None:
         """Raise MappingError, listing every problem, unless `found` is exactly this model's HF checkpoint.
@@ -151,7 +151,7 @@ def canonical_name(name: str, *, has_experts: bool, first_expert: int = 0) -> st
         linear = expert["grouped"] or expert["sequential"]
         index = first_expert + int(expert["i"] or expert["j"])
         return f"{name[: expert.start()]}mlp.experts.experts.{index}.{linear}.weight"
-    layer = _LAYER.match(name)
+    layer = LAYER.match(name)
     suffix = name[layer.end() :] if layer else name
     # The norm before experts is a module of its own in both specs.
     if layer is None or suffix not in _ALIASES or (has_experts and suffix == "pre_mlp_layernorm.weight"):

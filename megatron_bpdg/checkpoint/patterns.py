@@ -6,6 +6,7 @@ Shapes: V vocabulary, H hidden, F feed-forward, N query heads, G query groups (k
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class Weight(ABC):
         rows = sum(shape[0] for shape in self.hf_shapes)
         return (rows, *self.hf_shapes[0][1:])
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Size of the full tensor."""
+        return math.prod(self.megatron_shape) * dtype.itemsize
+
     def accepts(self, shape: Shape) -> bool:
         """Whether a stored full tensor of this shape can be read."""
         return shape == self.megatron_shape
@@ -85,10 +90,6 @@ class Weight(ABC):
     def split(self, full: Tensor) -> dict[str, Tensor]:
         """Full Megatron tensor -> HF name to tensor, views of it where the layout allows."""
         return dict(zip(self.hf_names, self._split(full), strict=True))
-
-    def megatron_to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        """Full Megatron tensor -> HF name to tensor; each tensor owns exactly its own storage."""
-        return {name: owned(part) for name, part in self.split(full).items()}
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """The part of the full Megatron tensor that tensor-parallel rank `tp_rank` of `tp_size` holds."""
@@ -179,9 +180,8 @@ class VocabRows(ColumnParallel):
         return shape[0] >= self.rows and shape[1:] == self.hf_shapes[0][1:]
 
     def fit(self, full: Tensor) -> Tensor:
-        return (
-            full if tuple(full.shape) == self.megatron_shape else self._pad(full[: self.rows], self.megatron_shape[0])
-        )
+        rows = self.megatron_shape[0]
+        return full if len(full) == rows else self._pad(full[: self.rows], rows)
 
     def _pad(self, tensor: Tensor, rows: int) -> Tensor:
         missing = rows - tensor.shape[0]
@@ -282,22 +282,15 @@ class Expert(Weight):
     expert: int = 0
     num_experts: int = 1
 
-    def _experts_per_rank(self, ep_size: int) -> int:
-        if self.num_experts % ep_size:
-            raise ValueError(f"{self.key}: expert-parallel size {ep_size} does not divide {self.num_experts} experts")
-        return self.num_experts // ep_size
-
     def ep_rank(self, ep_size: int) -> int:
         """The expert-parallel rank that holds this expert.
 
         Raises:
             ValueError: where `ep_size` does not divide E.
         """
-        return self.expert // self._experts_per_rank(ep_size)
-
-    def local_expert(self, ep_size: int) -> int:
-        """The expert's index on that rank."""
-        return self.expert % self._experts_per_rank(ep_size)
+        if self.num_experts % ep_size:
+            raise ValueError(f"{self.key}: expert-parallel size {ep_size} does not divide {self.num_experts} experts")
+        return self.expert // (self.num_experts // ep_size)
 
 
 class ExpertGatedMLP(Expert, GatedMLP):

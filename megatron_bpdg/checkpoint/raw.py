@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import pickle
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,13 +26,13 @@ class _Inert:
         pass
 
 
-def load_foreign(file: Path) -> Any:
+def load_foreign(file: Path) -> dict[str, Any]:
     """What a training program saved in `file`, its tensors mapped, which costs no memory until they are read.
 
     Objects of classes other than Namespace are replaced by empty ones; the classes are never imported.
 
     Raises:
-        ValueError: not a file of torch.save, or truncated, or it would run code.
+        ValueError: not a file of torch.save, or truncated, or it would run code, or holds no dictionary.
     """
     with _errors_of(file), file.open("rb") as stream:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
@@ -41,7 +41,16 @@ def load_foreign(file: Path) -> Any:
             for name in names
         ]
         with torch.serialization.safe_globals(classes):
-            return torch.load(file, weights_only=True, mmap=True)
+            state = torch.load(file, weights_only=True, mmap=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds {type(state).__name__}, expected a dictionary with the model's state")
+    return state
+
+
+def arguments_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Megatron-LM's arguments, where a training program saved them."""
+    arguments = state.get("args")
+    return vars(arguments) if isinstance(arguments, Namespace) else {}
 
 
 def load_piece(file: Path, offset: int, length: int) -> Any:

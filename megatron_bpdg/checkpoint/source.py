@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_bpdg.checkpoint.hf import HFCheckpoint, emits_lm_head
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, checkpoints_of
+from megatron_bpdg.checkpoint.hf import HFCheckpoint, dtype_name, emits_lm_head
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping, mapping_for
 from megatron_bpdg.checkpoint.patterns import Weight
-from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, is_torch_dist
+from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_bpdg.models.hf_config import hf_config_of
+from megatron_bpdg.parallel.together import everyone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,10 +46,6 @@ class Cast:
         self._sources: set[torch.dtype] = set()
         self._lock = threading.Lock()
 
-    def of(self, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor of `dtype` becomes."""
-        return self.dtype or dtype
-
     def __call__(self, tensor: Tensor, name: str) -> Tensor:
         """The cast tensor, itself where it already has the dtype.
 
@@ -61,8 +60,8 @@ class Cast:
             overflow = int((cast.isinf() & tensor.isfinite()).sum())
             if overflow:
                 raise ValueError(
-                    f"{name}: {overflow} of {tensor.numel()} values are too large for {_short(self.dtype)} (largest "
-                    f"{torch.finfo(self.dtype).max:.4g}); choose bfloat16 or float32"
+                    f"{name}: {overflow} of {tensor.numel()} values are too large for {dtype_name(self.dtype)} "
+                    f"(largest {torch.finfo(self.dtype).max:.4g}); choose bfloat16 or float32"
                 )
             wide = torch.promote_types(tensor.dtype, self.dtype)
             rounded = int(((cast.to(wide) != tensor.to(wide)) & ~tensor.isnan()).sum())
@@ -72,32 +71,23 @@ class Cast:
             self.rounded += rounded
         return cast
 
-    @property
-    def counts(self) -> tuple[int, int, set[torch.dtype]]:
-        """Elements cast, elements changed, dtypes they had."""
-        return self.elements, self.rounded, self._sources
-
-    def merge(self, counts: Iterable[tuple[int, int, set[torch.dtype]]]) -> None:
-        """Take over the counts of all ranks."""
-        elements, rounded, sources = zip(*counts, strict=True)
+    def add_up(self) -> None:
+        """Count what all ranks did. Collective over the world."""
+        elements, rounded, sources = zip(*everyone((self.elements, self.rounded, self._sources)), strict=True)
         self.elements, self.rounded, self._sources = sum(elements), sum(rounded), set().union(*sources)
 
     def statement(self) -> str:
         """One line on how exact the conversion was."""
         if self.dtype is None or not self._sources:
             return "dtypes unchanged: every tensor is byte-exact"
-        sources = "/".join(sorted(map(_short, self._sources)))
+        sources = "/".join(sorted(map(dtype_name, self._sources)))
         if all(is_exact(source, self.dtype) for source in self._sources):
-            return f"{sources} to {_short(self.dtype)}: exact, every value is kept"
+            return f"{sources} to {dtype_name(self.dtype)}: exact, every value is kept"
         share = self.rounded / self.elements if self.elements else 0.0
         return (
-            f"{sources} to {_short(self.dtype)}: rounded to nearest, {self.rounded} of {self.elements} values changed "
-            f"({share:.2%}), by at most 1 in {2 / torch.finfo(self.dtype).eps:.0f} where normal"
+            f"{sources} to {dtype_name(self.dtype)}: rounded to nearest, {self.rounded} of {self.elements} values "
+            f"changed ({share:.2%}), by at most 1 in {2 / torch.finfo(self.dtype).eps:.0f} where normal"
         )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def open_megatron(path: Path) -> LegacyCheckpoint | TorchDistCheckpoint:
@@ -111,41 +101,93 @@ def open_megatron(path: Path) -> LegacyCheckpoint | TorchDistCheckpoint:
 
 def is_megatron(path: Path) -> bool:
     """Whether `path` is a Megatron checkpoint (or the ruins of one) rather than an HF directory."""
-    return is_torch_dist(path) or is_legacy(path)
+    root = checkpoints_of(path)
+    return (root / TRACKER_FILE).is_file() or (root / METADATA_FILE).is_file() or is_legacy(path)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceModel:
-    """A checkpoint in any format, as the full Megatron tensors of its model.
+    """A checkpoint in any format, as the full Megatron tensors of its model; see `open_source`.
 
     Attributes:
+        checkpoint: as it is stored, checked.
         config: normalised HF config.
         mapping: the model's weights.
         hf_folder: where config and tokenizer files come from.
         has_lm_head: whether a tied model's HF form repeats its embedding.
-        dtypes: canonical key -> dtype.
-        files: data files.
-        read: one full Megatron tensor; safe in several threads at once.
-        parts: the HF tensors of one Megatron tensor, by name; for an HF directory read as they are.
+        cast: what each tensor goes through.
     """
 
+    checkpoint: HFCheckpoint | LegacyCheckpoint | TorchDistCheckpoint
     config: dict[str, Any]
     mapping: ModelMapping
     hf_folder: Path
     has_lm_head: bool
-    dtypes: dict[str, torch.dtype]
-    files: list[Path]
-    read: Callable[[Weight, Cast], Tensor]
-    parts: Callable[[Weight, Cast], dict[str, Tensor]]
+    cast: Cast
+
+    @cached_property
+    def stored(self) -> dict[str, torch.dtype]:
+        """Canonical key -> dtype on disk.
+
+        Raises:
+            MappingError: without a cast, where HF parts of one tensor differ: joining would silently promote.
+        """
+        if not isinstance(self.checkpoint, HFCheckpoint):
+            return {key: dtype for key, dtype in self.checkpoint.dtypes.items() if key in self.mapping.by_key}
+        stored = {}
+        for weight in self.mapping.weights:
+            found = {name: self.checkpoint.dtypes[name] for name in weight.hf_names}
+            if len(set(found.values())) > 1 and self.cast.dtype is None:
+                listing = ", ".join(f"{name} {dtype}" for name, dtype in found.items())
+                raise MappingError(
+                    f"{weight.key} is made of tensors of different dtypes (cast with --dtype): {listing}"
+                )
+            stored[weight.key] = found[weight.hf_names[0]]
+        return stored
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Canonical key -> dtype of what `read` gives."""
+        return {key: self.cast.dtype or dtype for key, dtype in self.stored.items()}
+
+    def num_bytes(self, weight: Weight) -> int:
+        """Size of what `read` gives."""
+        return weight.num_bytes(self.dtypes[weight.key])
+
+    def cost(self, weight: Weight) -> int:
+        """Bytes held while a tensor is under way: its parts as read, and joined, cast or split."""
+        read = weight.num_bytes(self.stored[weight.key])
+        if len(weight.hf_names) == 1 and self.stored[weight.key] == self.dtypes[weight.key]:
+            return read
+        return read + self.num_bytes(weight)
+
+    def read(self, weight: Weight) -> Tensor:
+        """One full Megatron tensor; safe in several threads at once."""
+        if isinstance(self.checkpoint, HFCheckpoint):
+            return weight.hf_to_megatron(list(self.parts(weight).values()))
+        return self.cast(weight.fit(self.checkpoint.read_weight(weight)), weight.key)
+
+    def parts(self, weight: Weight) -> dict[str, Tensor]:
+        """The HF tensors of one Megatron tensor, by name; of an HF directory as they are there."""
+        if isinstance(self.checkpoint, HFCheckpoint):
+            return {name: self.cast(self.checkpoint.read(name), name) for name in weight.hf_names}
+        return weight.split(self.read(weight))
+
+    def read_shard(self, weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
+        """One tensor-parallel rank's part of a weight of a mapping whose vocabulary may be padded."""
+        if isinstance(self.checkpoint, HFCheckpoint):
+            return weight.read_shard(self.checkpoint.read, tp_rank, tp_size)
+        # Through the HF parts: the vocabulary may be stored with another padding.
+        return weight.shard(weight.hf_to_megatron(list(self.parts(weight).values())), tp_rank, tp_size)
 
 
-def open_source(path: Path, hf_source: str | Path | None = None, *, mixed: bool = False) -> SourceModel:
+def open_source(path: Path, hf_source: str | Path | None = None, dtype: torch.dtype | None = None) -> SourceModel:
     """Open and check a checkpoint of any format.
 
     Args:
         path: HF directory, or Megatron checkpoint with a tracker or one step of it.
         hf_source: for a Megatron checkpoint, HF directory with config.json and tokenizer; None: its own hf folder.
-        mixed: allow parts of one tensor to have different dtypes (they are going to be cast).
+        dtype: cast to this; None: as stored.
 
     Raises:
         FileNotFoundError: the checkpoint, a file of it or its config is missing.
@@ -159,48 +201,12 @@ def open_source(path: Path, hf_source: str | Path | None = None, *, mixed: bool 
         assert folder is not None
         mapping = mapping_for(config)
         megatron.check(mapping)
-
-        def read_megatron(weight: Weight, cast: Cast) -> Tensor:
-            return cast(weight.fit(megatron.read_weight(weight)), weight.key)
-
-        return SourceModel(
-            config,
-            mapping,
-            folder,
-            emits_lm_head(folder),
-            {key: dtype for key, dtype in megatron.dtypes.items() if key in mapping.by_key},
-            megatron.files,
-            read_megatron,
-            lambda weight, cast: weight.split(read_megatron(weight, cast)),
-        )
+        return SourceModel(megatron, config, mapping, folder, emits_lm_head(folder), Cast(dtype))
     if hf_source is not None:
         raise ValueError(f"--hf-source is for Megatron checkpoints; {path} has a config.json of its own")
     hf = HFCheckpoint(path)
     hf.check()
-
-    def parts(weight: Weight, cast: Cast) -> dict[str, Tensor]:
-        return {name: cast(hf.read(name), name) for name in weight.hf_names}
-
-    dtypes = {weight.key: _common_dtype(weight, hf.dtypes, mixed) for weight in hf.mapping.weights}
-    return SourceModel(
-        hf.config,
-        hf.mapping,
-        path,
-        hf.has_lm_head,
-        dtypes,
-        hf.files,
-        lambda weight, cast: weight.hf_to_megatron(list(parts(weight, cast).values())),
-        parts,
-    )
-
-
-def _common_dtype(weight: Weight, dtypes: Mapping[str, torch.dtype], mixed: bool) -> torch.dtype:
-    """dtype of the HF parts of one Megatron tensor, which must agree: joining would silently promote."""
-    found = {name: dtypes[name] for name in weight.hf_names}
-    if len(set(found.values())) > 1 and not mixed:
-        listing = ", ".join(f"{name} {dtype}" for name, dtype in found.items())
-        raise MappingError(f"{weight.key} is made of tensors of different dtypes (cast with --dtype): {listing}")
-    return found[weight.hf_names[0]]
+    return SourceModel(hf, hf.config, hf.mapping, path, hf.has_lm_head, Cast(dtype))
 
 
 def iter_checkpoint(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -212,6 +218,6 @@ def iter_checkpoint(path: Path) -> Iterator[tuple[str, Tensor]]:
         FileNotFoundError: there is no checkpoint, or it lacks its hf folder.
         MappingError: tensors are missing, unknown or misshapen.
     """
-    model = open_source(path, mixed=True)
+    model = open_source(path)
     for weight in model.mapping.weights:
-        yield from model.parts(weight, Cast()).items()
+        yield from model.parts(weight).items()

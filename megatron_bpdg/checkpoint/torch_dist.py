@@ -15,10 +15,12 @@ it into a padded model, at any tensor-parallel size, as it allows a shape mismat
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +30,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_bpdg.checkpoint.directory import METADATA_FILE, TRACKER_FILE, StepDirectory, checkpoints_of
-from megatron_bpdg.checkpoint.mapping import ModelMapping
-from megatron_bpdg.checkpoint.patterns import Shape, Weight
-from megatron_bpdg.checkpoint.raw import load_piece, read_stored
+from megatron_bpdg.checkpoint.directory import METADATA_FILE, StepDirectory
+from megatron_bpdg.checkpoint.mapping import LAYER, ModelMapping
+from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight
+from megatron_bpdg.checkpoint.raw import arguments_of, load_foreign, load_piece, read_stored
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _STACKED = "decoder.layers."
 _EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.")
 _EXPERTS = ".mlp.experts.experts."
@@ -41,29 +42,20 @@ _EXPERTS = ".mlp.experts.experts."
 _OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
 
 
-@dataclass(frozen=True)
-class StackedKey:
-    """Where a canonical key's tensor is within a stored one.
+def stacked_key(weight: Weight, mapping: ModelMapping) -> tuple[str, Shape, Shape]:
+    """Where Megatron-Core stores a tensor: layers are stacked where all have the same tensors, experts always.
 
-    Attributes:
-        key: name in the file.
-        index: its place in the leading dimensions of the stored tensor (layer, expert), those that are stacked.
+    Returns:
+        Name in the file, index in the leading dimensions that are stacked (layer, expert), and their sizes.
     """
-
-    key: str
-    index: Shape = ()
-
-
-def stacked_key(key: str, *, layers: bool = True) -> StackedKey:
-    """Canonical key -> where Megatron-Core stores it, with or without stacked layers; experts are always stacked."""
-    index: list[int] = []
-    if layers and (layer := _LAYER.match(key)):
+    key, index, sizes = weight.key, Shape(), Shape()
+    if mapping.homogeneous and (layer := LAYER.match(key)):
         key = _STACKED + key[layer.end() :]
-        index.append(int(layer.group(1)))
-    if expert := _EXPERT.search(key):
-        key = f"{key[: expert.start()]}{_EXPERTS}{key[expert.end() :]}"
-        index.append(int(expert.group(1)))
-    return StackedKey(key, tuple(index))
+        index, sizes = (int(layer.group(1)),), (len(mapping.moe_layers),)
+    if isinstance(weight, Expert):
+        key = key.replace(f"{_EXPERTS}{weight.expert}.", _EXPERTS)
+        index, sizes = (*index, weight.expert), (*sizes, weight.num_experts)
+    return key, index, sizes
 
 
 _METADATA_CLASSES = {
@@ -143,10 +135,8 @@ class _Stored:
             return self.pieces[0].read()
         full = torch.empty(self.shape, dtype=self.dtype)
         for piece in self.pieces:
-            region = full
-            for dim, (start, length) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
-                region = region.narrow(dim, start, length)
-            region.copy_(piece.read())
+            region = (slice(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True))
+            full[tuple(region)] = piece.read()
         return full
 
 
@@ -180,7 +170,13 @@ class TorchDistCheckpoint(StepDirectory):
     @property
     def stacked(self) -> bool:
         """Whether one stored tensor holds all layers."""
-        return not any(_LAYER.match(key) for key in self._metadata.state_dict_metadata)
+        return not any(LAYER.match(key) for key in self._metadata.state_dict_metadata)
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Megatron-LM's, where they were saved."""
+        file = self.directory / "common.pt"
+        return arguments_of(load_foreign(file)) if file.is_file() else {}
 
     @property
     def has_optimizer(self) -> bool:
@@ -235,7 +231,7 @@ class TorchDistCheckpoint(StepDirectory):
     def _add_tensor(
         self, found: dict[str, _Stored], key: str, entry: TensorStorageMetadata, base: str, half: int
     ) -> None:
-        stacked_layers = key.startswith(_STACKED) and _LAYER.match(key) is None
+        stacked_layers = key.startswith(_STACKED) and LAYER.match(key) is None
         stacked_experts = _EXPERTS in key and _EXPERT.search(key) is None
         leading = stacked_layers + stacked_experts
         shape = tuple(entry.size)[leading:]
@@ -282,25 +278,11 @@ def _rename_expert_norms(found: dict[str, _Stored]) -> dict[str, _Stored]:
 
 
 def _read_metadata(file: Path) -> Metadata:
-    with file.open("rb") as stream:
-        try:
-            metadata = _MetadataUnpickler(stream).load()
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            LookupError,
-            ArithmeticError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise ValueError(f"{file} is not checkpoint metadata: {error}") from error
+    content = io.BytesIO(file.read_bytes())
+    try:
+        metadata = _MetadataUnpickler(content).load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{file} is not checkpoint metadata: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"{file} is not checkpoint metadata: it holds {type(metadata).__name__}")
     return metadata
-
-
-def is_torch_dist(path: Path) -> bool:
-    """Whether `path` is DIR of the module docstring, the directory of its run, or a step's (a broken one included)."""
-    path = checkpoints_of(path)
-    return (path / TRACKER_FILE).is_file() or (path / METADATA_FILE).is_file()

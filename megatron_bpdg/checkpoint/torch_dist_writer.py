@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import math
 import os
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.utils.serialization import config as torch_save_options
 
 from megatron_bpdg.checkpoint.directory import RELEASE, TRACKER_FILE
-from megatron_bpdg.checkpoint.files import in_files
 from megatron_bpdg.checkpoint.mapping import MappingError, ModelMapping
 from megatron_bpdg.checkpoint.patterns import Expert, Shape, Weight, owned
+from megatron_bpdg.checkpoint.source import SourceModel
 from megatron_bpdg.checkpoint.torch_dist import stacked_key
 from megatron_bpdg.checkpoint.transfer import Transfer
+from megatron_bpdg.data.batch import up_to
 from megatron_bpdg.models.families import FAMILIES, moe_layers
-from megatron_bpdg.parallel.together import my_share, this_rank
+from megatron_bpdg.parallel.together import each, everyone, my_share, on_first, this_rank
 from megatron_bpdg.tracking.files import fsync_path, write_text
 
 MAX_FILE_SIZE = 2 * 10**9
@@ -62,198 +52,118 @@ _DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
-def write_torch_dist(
-    step: Path,
-    mapping: ModelMapping,
-    dtypes: Mapping[str, torch.dtype],
-    read: Callable[[Weight], Tensor],
-    cost: Callable[[Weight], int],
-    transfer: Transfer,
-    *,
-    max_file_size: int = MAX_FILE_SIZE,
-) -> None:
-    """Write all tensors of a model with torch.distributed.checkpoint; collective over the world, which shares them.
+@dataclass(frozen=True)
+class _Piece:
+    """What is saved as one: a tensor of the mapping, in its place of a stacked one; or an extra state.
+
+    Attributes:
+        index: its name in the metadata.
+        weight: None for an extra state.
+        shape: the tensor's, with a leading 1 for each dimension that is stacked.
+    """
+
+    index: MetadataIndex
+    weight: Weight | None = None
+    shape: Shape = ()
+
+
+def write_torch_dist(step: Path, model: SourceModel, transfer: Transfer, *, max_file_size: int = MAX_FILE_SIZE) -> None:
+    """Write all tensors of a model; collective over the world, which shares them.
+
+    Where everything lies is known from the mapping alone, so each tensor is made just before it is written. torch's
+    own writer keeps the tensors of a file until it is complete.
 
     Args:
         step: the step's directory.
-        mapping: the model's weights.
-        dtypes: canonical key -> dtype, which `check_stacked_dtypes` let pass.
-        read: one full Megatron tensor; called in several threads, just before it is written.
-        cost: bytes held while a tensor is read and written.
+        model: its dtypes are those that `check_stacked_dtypes` let pass.
         transfer: threads and memory of this rank.
         max_file_size: bytes of tensors per data file; a larger tensor has a file of its own.
 
     Raises:
         MappingError: a tensor is not as planned.
         RuntimeError: another rank failed.
-        Others: what `read` raises.
+        Others: what `model.read` raises.
     """
-    planner = _StreamingPlanner(mapping, dtypes, read, cost)
-    with _without_crc32(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            writer = _BoundedWriter(step, transfer, max_file_size)
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
-        except CheckpointException as caught:  # no Exception, and it hides what happened
-            errors = {rank: error for rank, (error, _) in caught.failures.items()}
-            if this_rank() in errors:
-                raise errors[this_rank()] from None
-            raise RuntimeError(f"rank {min(errors)} failed: {errors[min(errors)]}") from errors[min(errors)]
+    stored: dict[str, TensorStorageMetadata] = {}
+    pieces = [_add_piece(stored, model, weight) for weight in model.mapping.weights]
+    extra = list(_extra_state_keys(model.mapping))
+    mine = [pieces[i] for i in my_share(len(pieces))]
+    if this_rank() == 0:
+        mine += [_Piece(MetadataIndex(key)) for key in extra]
+    sizes = (model.num_bytes(piece.weight) if piece.weight else 0 for piece in mine)
+    jobs = [
+        partial(_write_file, step / f"__{this_rank()}_{number}.distcp", held, model, transfer)
+        for number, held in enumerate(up_to(mine, sizes, max_file_size))
+    ]
+    step.mkdir(exist_ok=True)
+    # Nothing reads the checksums of torch.save's archives back, and they take most of the time.
+    with torch_save_options.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        written = everyone(each(lambda: transfer.run(jobs)))
+    metadata = Metadata({**stored, **{key: BytesStorageMetadata() for key in extra}})
+    on_first(lambda: _MetadataWriter(step).finish(metadata, list(itertools.chain(*written))))
 
 
-class _StreamingPlanner(SavePlanner):
-    """Plans from the mapping alone, and makes a tensor only when it is to be written."""
-
-    def __init__(
-        self,
-        mapping: ModelMapping,
-        dtypes: Mapping[str, torch.dtype],
-        read: Callable[[Weight], Tensor],
-        cost: Callable[[Weight], int],
-    ) -> None:
-        self._mapping, self._dtypes, self._read, self._cost = mapping, dtypes, read, cost
-        self._weights: dict[MetadataIndex, Weight] = {}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        pass  # there is no state dict
-
-    def create_local_plan(self) -> SavePlan:
-        """This rank's share of the tensors: pieces of the stacked ones, each of one layer, and of one expert."""
-        sizes = _leading_sizes(self._mapping)
-        items = []
-        for weight in (self._mapping.weights[i] for i in my_share(len(self._mapping.weights))):
-            where = stacked_key(weight.key, layers=self._mapping.homogeneous)
-            shape = weight.megatron_shape
-            offsets = torch.Size((*where.index, *(0 for _ in shape)))
-            chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in where.index), *shape)))
-            index = MetadataIndex(where.key, offsets)
-            data = TensorWriteData(
-                chunk, TensorProperties(dtype=self._dtypes[weight.key]), torch.Size((*sizes[where.key], *shape))
-            )
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-            self._weights[index] = weight
-        if this_rank() == 0:
-            keys = _extra_state_keys(self._mapping)
-            items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in keys]
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def size_and_cost(self, item: WriteItem) -> tuple[int, int]:
-        """Bytes of what `resolve_data` makes, and bytes held meanwhile."""
-        if item.type == WriteItemType.BYTE_IO:
-            return 0, 0
-        weight = self._weights[item.index]
-        return weight_bytes(weight, self._dtypes[weight.key]), self._cost(weight)
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            torch.save([None], empty := io.BytesIO())
-            return empty
-        weight = self._weights[write_item.index]
-        tensor = self._read(weight)
-        if tuple(tensor.shape) != weight.megatron_shape or tensor.dtype != self._dtypes[weight.key]:
-            raise MappingError(
-                f"{weight.key}: read {tuple(tensor.shape)} {tensor.dtype}, planned {weight.megatron_shape} "
-                f"{self._dtypes[weight.key]}"
-            )
-        assert write_item.tensor_data is not None
-        return owned(tensor).view(write_item.tensor_data.chunk.sizes)
-
-
-class _BoundedWriter(dcp.FileSystemWriter):
-    """Files of bounded size, several at once, in bounded memory.
-
-    torch's own loop over a file keeps its tensors until the file is complete, and loses the errors of its threads.
-    """
-
-    def __init__(self, path: Path, transfer: Transfer, max_file_size: int) -> None:
-        super().__init__(path)
-        self._directory, self._transfer, self._max_file_size = path, transfer, max_file_size
-
+class _MetadataWriter(dcp.FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
         # Not the place where it is being built, which nobody will find.
-        return StorageMeta(self._directory.name)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        assert isinstance(planner, _StreamingPlanner)
-        files = in_files(plan.items, [planner.size_and_cost(item)[0] for item in plan.items], self._max_file_size)
-        names = (f"{plan.storage_data.prefix}{number}.distcp" for number in itertools.count())
-        jobs = [partial(self._write_file, name, items, planner) for name, items in zip(names, files, strict=False)]
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([result for results in self._transfer.run(jobs) for result in results])
-        return done
-
-    def _write_file(self, name: str, items: list[WriteItem], planner: _StreamingPlanner) -> list[WriteResult]:
-        results = []
-        with (self._directory / name).open("wb") as stream:
-            for item in items:
-                start = stream.tell()
-                with self._transfer.tensor(*planner.size_and_cost(item)):
-                    data = planner.resolve_data(item)
-                    if isinstance(data, Tensor):
-                        torch.save(data, stream)
-                    else:
-                        stream.write(data.getbuffer())
-                    del data
-                length = stream.tell() - start
-                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        return results
+        return StorageMeta(Path(self.path).name)
 
 
-def weight_bytes(weight: Weight, dtype: torch.dtype) -> int:
-    """Size of a full Megatron tensor."""
-    return math.prod(weight.megatron_shape) * dtype.itemsize
+def _add_piece(stored: dict[str, TensorStorageMetadata], model: SourceModel, weight: Weight) -> _Piece:
+    """Give a tensor its place in what is stored: in a stacked tensor, a piece of one layer, and of one expert."""
+    key, index, leading = stacked_key(weight, model.mapping)
+    shape = weight.megatron_shape
+    properties = TensorProperties(dtype=model.dtypes[weight.key])
+    entry = TensorStorageMetadata(properties, torch.Size((*leading, *shape)), [])
+    chunks = stored.setdefault(key, entry).chunks
+    offsets = torch.Size((*index, *(0 for _ in shape)))
+    sizes = torch.Size((*(1 for _ in index), *shape))
+    chunks.append(ChunkStorageMetadata(offsets, sizes))
+    return _Piece(MetadataIndex(key, offsets, len(chunks) - 1), weight, sizes)
+
+
+def _write_file(file: Path, pieces: list[_Piece], model: SourceModel, transfer: Transfer) -> list[WriteResult]:
+    results = []
+    with file.open("wb") as stream:
+        for piece in pieces:
+            start = stream.tell()
+            if piece.weight is None:
+                torch.save([None], stream)
+            else:
+                with transfer.tensor(model.num_bytes(piece.weight), model.cost(piece.weight)):
+                    torch.save(_read(model, piece.weight).view(piece.shape), stream)
+            length = stream.tell() - start
+            results.append(WriteResult(piece.index, length, _StorageInfo(file.name, start, length)))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return results
+
+
+def _read(model: SourceModel, weight: Weight) -> Tensor:
+    tensor, dtype = model.read(weight), model.dtypes[weight.key]
+    if tuple(tensor.shape) != weight.megatron_shape or tensor.dtype != dtype:
+        raise MappingError(
+            f"{weight.key}: read {tuple(tensor.shape)} {tensor.dtype}, planned {weight.megatron_shape} {dtype}"
+        )
+    return owned(tensor)
 
 
 def _extra_state_keys(mapping: ModelMapping) -> Iterator[str]:
     """``module._extra_state/shard_I_N``, with one number per stacked dimension: index and size."""
     num_experts = next((weight.num_experts for weight in mapping.weights if isinstance(weight, Expert)), 0)
     for layer, moe in enumerate(mapping.moe_layers):
-        prefix, index, sizes = f"decoder.layers.{layer}", ["0"], ["1"]
+        prefix, index, sizes = f"decoder.layers.{layer}", Shape(), Shape()
         if mapping.homogeneous:
-            prefix, index, sizes = "decoder.layers", [str(layer)], [str(len(mapping.moe_layers))]
-        shard = f"_extra_state/shard_{index[0]}_{sizes[0]}"
+            prefix, index, sizes = "decoder.layers", (layer,), (len(mapping.moe_layers),)
         for module in (*_EXTRA_STATES, *(("pre_mlp_layernorm",) if moe else _DENSE_EXTRA_STATES)):
-            yield f"{prefix}.{module}.{shard}"
-        if not mapping.homogeneous:
-            index, sizes = [], []
+            yield _extra_state_key(f"{prefix}.{module}", index or (0,), sizes or (1,))
         for module, e in itertools.product(_EXPERT_EXTRA_STATES, range(num_experts if moe else 0)):
-            yield (
-                f"{prefix}.{module}._extra_state/shard_{'.'.join([*index, str(e)])}_"
-                f"{'.'.join([*sizes, str(num_experts)])}"
-            )
-    yield "decoder.final_layernorm._extra_state/shard_0_1"
+            yield _extra_state_key(f"{prefix}.{module}", (*index, e), (*sizes, num_experts))
+    yield _extra_state_key("decoder.final_layernorm", (0,), (1,))
 
 
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    """Let `torch.save` leave out the archive's own checksums, which nothing reads back and which take most of the time.
-
-    The option is the process's.
-    """
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-def _leading_sizes(mapping: ModelMapping) -> dict[str, Shape]:
-    """Stored key -> sizes of its stacked dimensions."""
-    largest: dict[str, Shape] = {}
-    for weight in mapping.weights:
-        where = stacked_key(weight.key, layers=mapping.homogeneous)
-        before = largest.get(where.key, where.index)
-        largest[where.key] = tuple(max(pair) for pair in zip(before, where.index, strict=True))
-    return {key: tuple(index + 1 for index in indices) for key, indices in largest.items()}
+def _extra_state_key(module: str, index: Shape, sizes: Shape) -> str:
+    return f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
 
 
 def write_dist_common(directory: Path, config: Mapping[str, Any]) -> None:
@@ -271,15 +181,15 @@ def write_dist_common(directory: Path, config: Mapping[str, Any]) -> None:
     write_text(directory / TRACKER_FILE, RELEASE)
 
 
-def check_stacked_dtypes(mapping: ModelMapping, dtypes: Mapping[str, torch.dtype]) -> None:
+def check_stacked_dtypes(model: SourceModel) -> None:
     """Raise MappingError where the layers or experts of one stacked tensor have different dtypes."""
     seen: dict[str, torch.dtype] = {}
     mixed = []
-    for weight in mapping.weights:
-        key = stacked_key(weight.key, layers=mapping.homogeneous).key
-        first = seen.setdefault(key, dtypes[weight.key])
-        if first != dtypes[weight.key]:
-            mixed.append(f"{weight.key} is {dtypes[weight.key]}, earlier ones are {first}")
+    for weight in model.mapping.weights:
+        dtype = model.dtypes[weight.key]
+        first = seen.setdefault(stacked_key(weight, model.mapping)[0], dtype)
+        if first != dtype:
+            mixed.append(f"{weight.key} is {dtype}, earlier ones are {first}")
     if mixed:
         raise MappingError(
             "one Megatron tensor holds all layers and has one dtype (cast with --dtype), but\n  " + "\n  ".join(mixed)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.mapping import LM_HEAD, MappingError
-from tests.checkpoint_fixtures import save_tiny_moe, save_tiny_qwen3
+from tests.checkpoint_fixtures import compare_hf, save_tiny_moe, save_tiny_qwen3
 from tests.parallel.spawn import run_ranks
 
 # (tensor parallel, pipeline parallel, tied); on 4 ranks the rest is data parallel.
@@ -63,12 +63,12 @@ def _model(hf: Path, tp: int, pp: int, vocab_multiple: int = 1) -> list[Any]:
     return [model]
 
 
-def _export(chunks: list[Any], hf: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def _export(chunks: list[Any], hf: Path) -> dict[str, torch.Tensor]:
     from megatron_bpdg.checkpoint.live import iter_hf_weights
     from megatron_bpdg.models.hf_config import read_hf_config
 
     exported: dict[str, torch.Tensor] = {}
-    for name, tensor in iter_hf_weights(chunks, read_hf_config(hf), dtype):
+    for name, tensor in iter_hf_weights(chunks, read_hf_config(hf)):
         assert name not in exported
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
         exported[name] = tensor
@@ -244,7 +244,7 @@ def test_a_tied_student_leaves_the_untied_teachers_head_alone(tmp_path: Path) ->
         assert LM_HEAD not in loaded_student
 
 
-def _cast_and_errors(hf: Path, other: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _load_and_errors(hf: Path, other: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     from megatron_bpdg.checkpoint.live import load_weights, save_hf
 
     chunks = _model(hf, 1, 2)
@@ -259,16 +259,16 @@ def _cast_and_errors(hf: Path, other: Path) -> tuple[dict[str, torch.Tensor], li
         save_hf(chunks, hf, other)
     except FileExistsError as error:
         messages.append(str(error))
-    return _export(chunks, hf, torch.bfloat16), messages
+    return _export(chunks, hf), messages
 
 
-def test_cast_on_export_and_errors_on_every_rank(tmp_path: Path) -> None:
+def test_errors_are_those_of_every_rank(tmp_path: Path) -> None:
     hf = save_tiny_qwen3(tmp_path / "source", tied=True)
     other = save_tiny_qwen3(tmp_path / "other", tied=True, intermediate_size=40, num_hidden_layers=5)
     expected = load_file(hf / "model.safetensors")
-    for exported, messages in run_ranks(_cast_and_errors, 2, hf, other):
+    for exported, messages in run_ranks(_load_and_errors, 2, hf, other):
         for name, tensor in expected.items():
-            assert torch.equal(exported[name], tensor.bfloat16()), name
+            assert torch.equal(exported[name], tensor), name
         misfit, absent, occupied = messages
         assert "missing decoder.layers.4.mlp.linear_fc1.weight" in misfit
         for layer in (0, 3):  # both stages' problems, on both ranks

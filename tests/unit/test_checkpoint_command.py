@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import LM_HEAD
 from megatron_bpdg.checkpoint.source import Cast, is_exact
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_bpdg.cli.app import app
-from tests.checkpoint_fixtures import save_tiny
+from tests.checkpoint_fixtures import compare_hf, save_tiny
 from tests.dist_fixture import DistLayout, save_dist
 from tests.legacy_fixture import LegacyLayout, save_legacy
 
@@ -50,12 +50,15 @@ def test_verify_finds_what_a_broken_conversion_did(tmp_path: Path, monkeypatch: 
 
     write = convert.write_torch_dist
 
-    def broken(step: Path, mapping: Any, dtypes: Any, read: Any, *args: Any, **kwargs: Any) -> None:
+    def broken(step: Path, model: Any, *args: Any, **kwargs: Any) -> None:
+        read = model.read
+
         def swapped(weight: Any) -> torch.Tensor:
             tensor = read(weight)
             return tensor.roll(1, -1) if weight.key.endswith("linear_proj.weight") else tensor
 
-        write(step, mapping, dtypes, swapped, *args, **kwargs)
+        model.read = swapped
+        write(step, model, *args, **kwargs)
 
     monkeypatch.setattr(convert, "write_torch_dist", broken)
     hf = save_tiny(tmp_path / "hf", tied=False, num_hidden_layers=2)
@@ -68,6 +71,8 @@ def test_legacy_files_can_become_either_format(tmp_path: Path) -> None:
     legacy = save_legacy(hf, tmp_path / "legacy", LegacyLayout(tensor=2, pipeline=2))
     bpdg("convert", legacy, tmp_path / "back", "--hf-source", hf, "--verify")
     assert compare_hf(hf, tmp_path / "back") == []
+    with pytest.raises(ValueError, match="not with mp_rank files"):
+        bpdg("convert", legacy, tmp_path / "megatron", "--hf-source", hf, "--verify-logits", "1+1=")
     bpdg("convert", legacy, tmp_path / "megatron", "--to", "megatron", "--hf-source", hf, "--verify")
     assert compare_hf(hf, megatron_to_hf(tmp_path / "megatron", tmp_path / "again")) == []
 
@@ -143,14 +148,14 @@ def inspected(path: Path) -> dict[str, Any]:
 def test_inspect_hf(tmp_path: Path) -> None:
     hf = save_tiny(tmp_path / "hf", "qwen3_moe", tied=False, dtype=torch.bfloat16, max_shard_size=4000)
     found = inspected(hf)
-    source = HFCheckpoint(hf)
+    sizes = [size for _, size in HFCheckpoint(hf).stored_sizes]
     assert (found["format"], found["iteration"], found["complete"]) == ("hf", None, True)
-    assert found["dtypes"] == {"bfloat16": {"tensors": len(source.names), "bytes": source.num_bytes}}
-    assert found["parameters"] == source.num_bytes // 2
+    assert found["dtypes"] == {"bfloat16": {"tensors": len(sizes), "bytes": sum(sizes)}}
+    assert found["parameters"] == sum(sizes) // 2
     assert found["layout"]["shards"] == found["files"] == len(list(hf.glob("*.safetensors")))
     assert found["model"]["num_experts"] == 4
     table = bpdg("inspect", hf)
-    assert f"{source.num_bytes // 2:,}" in table
+    assert f"{sum(sizes) // 2:,}" in table
     assert "yes: every tensor of the config" in table
 
 

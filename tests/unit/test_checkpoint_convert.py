@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_bpdg.checkpoint import files
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron, megatron_to_hf
+from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
 from megatron_bpdg.checkpoint.mapping import HF_EMBEDDING, LM_HEAD, MappingError
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint, stacked_key
-from tests.checkpoint_fixtures import save_tiny_qwen3
+from tests.checkpoint_fixtures import compare_hf, save_tiny_qwen3
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def _foreign(hf: Path, path: Path, *, split_gate: bool = False, **changes: Any) 
             state[f"{weight.key}_w"], state[f"{weight.key}_v"] = full.chunk(2)
         else:
             state[weight.key] = full
-        state[f"optimizer.state.exp_avg.{stacked_key(weight.key).key}"] = torch.zeros(2)
+        state[f"optimizer.state.exp_avg.{stacked_key(weight, source.mapping)[0]}"] = torch.zeros(2)
         state["chained_0.optimizer.state.exp_avg.x"] = torch.zeros(2)
     (path / "iter_0000012").mkdir(parents=True)
     dcp.save(state | changes, checkpoint_id=path / "iter_0000012", no_dist=True)
@@ -237,22 +237,28 @@ def test_trackers(hf: Path, tmp_path: Path) -> None:
         TorchDistCheckpoint(tmp_path)
 
 
-def test_comparison_lists_every_difference(hf: Path, tmp_path: Path) -> None:
+def test_verification_lists_every_difference(hf: Path, tmp_path: Path) -> None:
     other = save_tiny_qwen3(tmp_path / "other", tied=False, num_hidden_layers=2)
-    assert compare_hf(hf, other) == []
+    assert verify_conversion(hf, other) == compare_hf(hf, other) == []
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][:3] += 1
-    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].bfloat16()
-    tensors[LM_HEAD] = tensors[LM_HEAD][:97].clone()
-    tensors["extra"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].bfloat16()
     save_file(tensors, other / "model.safetensors")
-    assert sorted(difference.replace(str(tmp_path), "") for difference in compare_hf(hf, other)) == [
-        "extra: only in /other",
-        "lm_head.weight: shape (98, 32) and (97, 32)",
-        "model.layers.0.mlp.up_proj.weight: dtype torch.float32 and torch.bfloat16",
-        "model.layers.1.mlp.up_proj.weight: only in /hf",
-        "model.norm.weight: 3 of 32 elements differ",
-    ]
+    expected = {
+        "model.layers.0.mlp.down_proj.weight": "dtype torch.float32 and torch.bfloat16",
+        "model.norm.weight": "3 of 32 elements differ",
+    }
+    assert verify_conversion(hf, other) == [f"{name}: {what}" for name, what in expected.items()]
+    assert compare_hf(hf, other) == list(expected)
+    larger = save_tiny_qwen3(tmp_path / "larger", tied=False, num_hidden_layers=2, intermediate_size=49)
+    shapes = [line for line in verify_conversion(hf, larger) if ": shape " in line]
+    assert "model.layers.1.mlp.up_proj.weight: shape (48, 32) and (49, 32)" in shapes
+    assert len(shapes) == 6
+    deeper = save_tiny_qwen3(tmp_path / "deeper", tied=True, num_hidden_layers=3)
+    lines = verify_conversion(hf, deeper)
+    assert lines[0] == f"lm_head.weight: only in {hf}"
+    assert f"model.layers.2.mlp.up_proj.weight: only in {deeper}" in lines
+    assert len(lines) == 1 + 11
 
 
 def test_tools_convert_both_ways_without_megatron(hf: Path, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, convert, hf_to_megatron
+from megatron_bpdg.checkpoint.convert import Options, convert, hf_to_megatron
 from megatron_bpdg.checkpoint.describe import describe
 from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.config.teacher import Teacher
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
-from tests.checkpoint_fixtures import save_tiny
+from tests.checkpoint_fixtures import compare_hf, save_tiny
 from tests.legacy_fixture import LegacyLayout, save_legacy
 
 FORMS = ("run", "run/checkpoints", "run/checkpoints/iter_0000007")
@@ -41,6 +41,24 @@ def save_hf(path: Path, scale: float) -> Path:
     save_file({name: tensor * scale for name, tensor in tensors.items()}, path / "model.safetensors")
     build_char_tokenizer("0123456789+= ").save_pretrained(path)
     return path
+
+
+def embedding_of(hf: Path) -> torch.Tensor:
+    return load_file(hf / "model.safetensors")["model.embed_tokens.weight"]
+
+
+def loaded_embedding(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What `load_weights` reads for the embedding of a live model."""
+    from megatron_bpdg.checkpoint import live
+
+    filled: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        live,
+        "_fill",
+        lambda chunks, config, read: filled.append(read(live.mapping_for(config).by_key[live.EMBEDDING], 0, 1)),
+    )
+    assert live.load_weights([], checkpoint)["vocab_size"] == 98
+    return filled[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +91,13 @@ def test_an_hf_directory_is_its_own(work: Path, tmp_path: Path) -> None:
         hf_folder(tmp_path)
 
 
-def test_mp_rank_files_too(work: Path, tmp_path: Path) -> None:
+def test_mp_rank_files_too(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     legacy = save_legacy(work / "newest", tmp_path / "run" / "checkpoints", LegacyLayout())
     shutil.copytree(work / "run" / "checkpoints" / "hf", legacy / "hf")
     for form in FORMS:
         assert hf_folder(tmp_path / form) == legacy / "hf"
         assert (describe(tmp_path / form)["format"], describe(tmp_path / form)["iteration"]) == ("mp_rank", 7)
+        assert torch.equal(loaded_embedding(tmp_path / form, monkeypatch), embedding_of(work / "newest"))
 
 
 @pytest.mark.parametrize("form", [*FORMS, OLDER])
@@ -99,18 +118,10 @@ def test_serve(work: Path, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_train(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Config and tokenizer of both roles, and the weights."""
-    from megatron_bpdg.checkpoint import live
     from megatron_bpdg.training import build
 
     assert build._folder(work / form, "student.checkpoint") == work / "run" / "checkpoints" / "hf"
-    filled: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        live,
-        "_fill",
-        lambda chunks, config, read: filled.append(read(live.mapping_for(config).embedding, 0, 1)),
-    )
-    assert live.load_weights([], work / form)["vocab_size"] == 98
-    assert torch.equal(filled[0], load_file(work / "newest" / "model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(loaded_embedding(work / form, monkeypatch), embedding_of(work / "newest"))
     monkeypatch.setattr(build, "served_model", lambda servers, key: work / "newest")
     teacher: Any = {"engine": "sglang", "checkpoint": work / form, "servers": {"urls": ["http://localhost:1"]}}
     assert build.teacher_source(Teacher.model_validate(teacher)) == work / form

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpdg.checkpoint.convert import compare_hf, hf_to_megatron, megatron_to_hf, verify_conversion
+from megatron_bpdg.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.describe import describe
 from megatron_bpdg.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_bpdg.checkpoint.mapping import MappingError
 from megatron_bpdg.checkpoint.torch_dist import TorchDistCheckpoint
-from tests.checkpoint_fixtures import save_tiny
+from tests.checkpoint_fixtures import compare_hf, save_tiny
 from tests.legacy_fixture import LegacyLayout, save_legacy
 
 DENSE = [

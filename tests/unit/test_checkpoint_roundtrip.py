@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bpdg.checkpoint.convert import Options, compare_hf, hf_to_megatron, megatron_to_hf, verify_conversion
-from tests.checkpoint_fixtures import save_tiny
+from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
+from tests.checkpoint_fixtures import compare_hf, save_tiny
 from tests.dist_fixture import DistLayout, save_dist
 from tests.legacy_fixture import LegacyLayout, save_legacy
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_bpdg.checkpoint import convert, files
 from megatron_bpdg.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf, verify_conversion
 from megatron_bpdg.checkpoint.files import partial_path
 from megatron_bpdg.checkpoint.hf import HFCheckpoint
-from megatron_bpdg.checkpoint.transfer import Budget, Transfer
+from megatron_bpdg.checkpoint.transfer import Transfer
 from tests.checkpoint_fixtures import save_tiny
 
 # Small files: several of them for a tiny model.
@@ -56,20 +57,20 @@ def test_memory_under_way_stays_in_its_bounds() -> None:
 
 
 def test_a_tensor_above_the_bound_goes_alone() -> None:
-    budget, alone, order = Budget(10), threading.Event(), []
+    transfer, alone, order = Transfer(workers=2, memory=10), threading.Event(), []
 
     def large() -> None:
-        with budget.hold(100):
+        with transfer.tensor(0, 100):
             order.append("large")
             alone.wait(10)
             order.append("large done")
 
     def small() -> None:
-        with budget.hold(1):
+        with transfer.tensor(0, 1):
             order.append("small")
 
     threads = [threading.Thread(target=large), threading.Thread(target=small)]
-    with budget.hold(4):
+    with transfer.tensor(0, 4):
         threads[0].start()
         time.sleep(0.05)
         order.append("first done")
@@ -81,7 +82,7 @@ def test_a_tensor_above_the_bound_goes_alone() -> None:
     for thread in threads:
         thread.join()
     assert order == ["first done", "large", "large done", "small"]
-    with budget.hold(10):
+    with transfer.tensor(0, 10):
         pass
 
 
@@ -101,6 +102,13 @@ def test_a_failure_stops_the_other_threads() -> None:
     with pytest.raises(OSError, match="bad sector"):
         transfer.run([fails, *(partial(long, f"long{i}") for i in range(4))])
     assert done == []
+
+
+def test_threads_see_the_options_of_who_called_them() -> None:
+    """torch keeps those of `torch.save` in context variables."""
+    option = ContextVar("option", default="the default")
+    option.set("the caller's")
+    assert Transfer(workers=2, memory=1).run([option.get] * 3) == ["the caller's"] * 3
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
@@ -229,7 +237,7 @@ def test_what_a_killed_process_left_is_replaced(hf: Path, tmp_path: Path) -> Non
 
 def test_disk_space_is_checked_first(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
-    needed = 64 * 2**20 + HFCheckpoint(hf).num_bytes
+    needed = 64 * 2**20 + sum(size for _, size in HFCheckpoint(hf).stored_sizes)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(needed - 1))
     with pytest.raises(OSError, match="not enough disk space"):
         hf_to_megatron(hf, tmp_path / "megatron", options=SMALL)
