@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
-from megatron_bpdg.rollout.engine import Probe
-from megatron_bpdg.serving.http.client import Server, ServerError, ServerUnavailable
-from megatron_bpdg.serving.sglang.answers import ask_scores
+from torch import Tensor
 
-_TIMEOUT_S = 60.0
+from megatron_bpdg.rollout.engine import Probe
+from megatron_bpdg.serving.http.client import Server, ServerError, ServerUnavailable, ask_each
+from megatron_bpdg.serving.sglang.answers import ask_scores
 
 
 async def check_probe(
     urls: Sequence[str], probe: Probe, vocab_size: int, api_key: str | None
 ) -> tuple[dict[str, str], list[str]]:
     """Server -> why it did not answer the probe text, and what is wrong with the answers of the others."""
+
+    async def score(server: Server) -> Tensor:
+        (scored,) = await ask_scores(server, [(probe.ids[:1], probe.ids[1:])], top_k=0, vocab_size=vocab_size)
+        return scored.logprobs_R
+
     unanswered: dict[str, str] = {}
     wrong: list[str] = []
-
-    async def check(url: str) -> None:
-        async with Server(url, _TIMEOUT_S, api_key) as server:
-            try:
-                texts = [(probe.ids[:1], probe.ids[1:])]
-                (scored,) = await ask_scores(server, texts, top_k=0, vocab_size=vocab_size)
-                difference = (scored.logprobs_R - probe.logprobs_T).abs()
-            except ServerUnavailable as error:
-                unanswered[url] = f"no answer to the probe text: {error}"
-                return
-            except ServerError as error:
-                wrong.append(f"{url} does not answer the probe text: {error}")
-                return
+    for url, answer in (await ask_each(urls, api_key, score, timeout_s=60.0)).items():
+        if isinstance(answer, ServerUnavailable):
+            unanswered[url] = f"no answer to the probe text: {answer}"
+            continue
+        if isinstance(answer, ServerError):
+            wrong.append(f"{url} does not answer the probe text: {answer}")
+            continue
+        difference = (answer - probe.logprobs_T).abs()
+        # Not "greater than": NaN is wrong too.
         if not float(difference.mean()) <= probe.tolerance:
             wrong.append(
                 f"{url} does not answer as the weights it was sent: log-probs of the probe text differ by "
                 f"{float(difference.mean()):.3g} nats on average (at most {float(difference.max()):.3g}), allowed "
                 f"{probe.tolerance:g} (rollout.weight_sync.probe_tolerance); check its model and --dtype"
             )
-
-    await asyncio.gather(*(check(url) for url in urls))
     return unanswered, wrong
-
-
-async def weights_are(url: str, version: str, api_key: str | None) -> bool:
-    """Whether a server can be asked and calls its weights `version`."""
-    async with Server(url, _TIMEOUT_S, api_key) as server:
-        try:
-            return await server.weight_version() == version
-        except ServerError:
-            return False

@@ -7,25 +7,25 @@ again at such a meeting, before it serves again.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
-import torch.distributed as dist
 
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
-from megatron_bpdg.rollout.probe import check_probe, weights_are
+from megatron_bpdg.rollout.probe import check_probe
 from megatron_bpdg.serving.http.background import Background
-from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable, ask_each
 from megatron_bpdg.serving.http.pool import LONGEST_PAUSE_S, ServerPool, ServingError, StaleWeights, State
 from megatron_bpdg.serving.http.ready import healthy, resume
 from megatron_bpdg.serving.sglang.answers import Generated, read_generated
@@ -70,15 +70,9 @@ class SGLangEngine:
         self._probe: Probe | None = None
         # Engines whose last update failed; what they call their weights says nothing then.
         self._unsure: set[str] = set()
-        self._background = Background("bpdg-rollout") if self._talks else None
+        # Leaders ask for responses; the first rank of all sends the weights and checks them.
+        self._background = Background("bpdg-rollout")
         self.pool = ServerPool(servers, "rollout", api_key, self._has_our_weights)
-        if self._background is not None:
-            self._background.run(self.pool.open())
-
-    @property
-    def _talks(self) -> bool:
-        """Leaders ask for responses; the first rank of all sends the weights and checks them."""
-        return self.mesh.is_leader or dist.get_rank() == 0
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -106,18 +100,17 @@ class SGLangEngine:
             failed = self._send(urls)
             tries += 1
         self._unsure = self._unsure - set(urls) | set(failed)
-        if self._background is not None:
-            self._background.run(self._set_states(urls, failed))
-
-    async def _set_states(self, urls: Sequence[str], failed: Mapping[str, str]) -> None:
+        if not self.mesh.is_leader:
+            return
         if set(self.sync_urls) == set(self.pool.urls):
             states = {url: State.DOWN if url in failed else State.SERVING for url in urls}
         else:
             # A router serves as long as one engine behind it does, but not where it may choose one that failed and yet
             # calls its weights by the name of the right ones.
-            named = [await weights_are(url, self.wire_version(self.version), self._api_key) for url in failed]
-            states = dict.fromkeys(self.pool.urls, State.STALE if any(named) else State.SERVING)
-        await self.pool.set_states(states, failed)
+            named = self._background.run(ask_each(failed, self._api_key, Server.weight_version))
+            mistakable = self.wire_version(self.version) in named.values()
+            states = dict.fromkeys(self.pool.urls, State.STALE if mistakable else State.SERVING)
+        self._background.run(self.pool.set_states(states, failed))
 
     def _send(self, urls: Sequence[str]) -> dict[str, str]:
         """Engine -> why it cannot be said to have the weights. Collective, the same on every rank."""
@@ -131,7 +124,6 @@ class SGLangEngine:
         def check() -> dict[str, str]:
             if self._probe is None:
                 return failed
-            assert self._background is not None
             took = [url for url in urls if url not in failed]
             unanswered, wrong = self._background.run(check_probe(took, self._probe, self.vocab_size, self._api_key))
             if wrong:
@@ -146,7 +138,6 @@ class SGLangEngine:
         time.sleep(min(self.servers.backoff_s * 2 ** (tries - 1), LONGEST_PAUSE_S))
 
         def look() -> bool | None:
-            assert self._background is not None
             # One that did not hear the end of the update is still paused.
             self._background.run(resume(self.sync_urls, self._api_key))
             found = self._background.run(healthy(self.sync_urls, self._api_key))
@@ -184,9 +175,8 @@ class SGLangEngine:
         return SGLangStream(self, requests, sampling)
 
     def close(self) -> None:
-        if self._background is not None:
-            self._background.run(self.pool.close())
-            self._background.close()
+        self._background.run(self.pool.close())
+        self._background.close()
         self.sync.close()
 
     async def sample(self, job: _Job, sampling: Sampling) -> Response:
@@ -278,16 +268,6 @@ class _Job:
         return f"response {self.index}"
 
 
-@dataclass
-class _Meeting:
-    """What a leader brings to a meeting of the ranks."""
-
-    finished: Finished = field(default_factory=list)
-    retries: int = 0
-    error: str | None = None
-    without_weights: list[str] = field(default_factory=list)
-
-
 class SGLangStream:
     """`RolloutStream` of an `SGLangEngine`."""
 
@@ -296,7 +276,6 @@ class SGLangStream:
         self._left = len(requests)
         self._running: dict[Future[Response], _Job] = {}
         if engine.mesh.is_leader:
-            assert engine._background is not None
             for index, request in enumerate(requests):
                 if engine.mesh.owns(index):
                     job = _Job(index, request)
@@ -314,9 +293,10 @@ class SGLangStream:
             job.interrupted = True
         leftovers: Finished = []
         while self._left:
-            if self.engine._background is not None:
-                # Again at every meeting: a server ignores an abort that overtakes its request.
-                self.engine._background.run(_abort_jobs(list(self._running.values())))
+            # Again at every meeting: a server ignores an abort that overtakes its request.
+            asked = [job.asked for job in self._running.values()]
+            for abort in [self.engine._background.submit(_abort(*request)) for request in asked if request]:
+                abort.result()
             finished = self._meet()
             self._left -= len(finished)
             leftovers += finished
@@ -329,44 +309,32 @@ class SGLangStream:
             ServingError: the same on every rank, when a leader's servers are past helping.
         """
         engine = self.engine
-        here = self._harvest()
-        meetings = everyone(here)
-        engine.retries = sum(meeting.retries for meeting in meetings)
-        if errors := [meeting.error for meeting in meetings if meeting.error]:
-            for future in self._running:
-                future.cancel()
-            raise ServingError(errors[0])
-        without = sorted({url for meeting in meetings for url in meeting.without_weights})
-        if without:
-            engine._push(without if set(without) <= set(engine.sync_urls) else engine.sync_urls)
-        return [pair for meeting in meetings for pair in meeting.finished]
-
-    def _harvest(self) -> _Meeting:
-        meeting = _Meeting(retries=self.engine.pool.retries)
-        if not self._running:
-            return meeting
-        # A moment for those that finish close together.
-        deadline = time.monotonic() + _MEETING_S
-        wait(self._running, _MEETING_S, FIRST_COMPLETED)
-        wait(self._running, min(0.05, max(0.0, deadline - time.monotonic())))
+        mine: Finished = []
+        error: str | None = None
+        if self._running:
+            # A moment for those that finish close together.
+            deadline = time.monotonic() + _MEETING_S
+            wait(self._running, _MEETING_S, FIRST_COMPLETED)
+            wait(self._running, min(0.05, max(0.0, deadline - time.monotonic())))
+        without_weights = engine.pool.in_state(State.STALE) if self._running else []
         for future in [future for future in self._running if future.done()]:
             job = self._running.pop(future)
             try:
-                meeting.finished.append((job.index, future.result()))
-            except (ServerError, ServingError) as error:
-                meeting.error = str(error)
-        meeting.without_weights = self.engine.pool.in_state(State.STALE)
-        meeting.retries = self.engine.pool.retries
-        return meeting
+                mine.append((job.index, future.result()))
+            except (ServerError, ServingError) as failure:
+                error = str(failure)
+        finished, errors, without, retries = zip(*everyone((mine, error, without_weights, engine.pool.retries)))
+        engine.retries = sum(retries)
+        if any(errors):
+            for future in self._running:
+                future.cancel()
+            raise ServingError(next(filter(None, errors)))
+        if lacking := sorted(set(chain(*without))):
+            engine._push(lacking if set(lacking) <= set(engine.sync_urls) else engine.sync_urls)
+        return list(chain(*finished))
 
 
 async def _abort(server: Server, request_id: str) -> None:
-    try:
+    # Where the server is in trouble, the pool knows already; the request is sent elsewhere either way.
+    with suppress(ServerError):
         await server.post("/abort_request", {"rid": request_id}, timeout_s=5.0)
-    except ServerError:
-        # The server is in trouble already and the pool knows; the request is sent elsewhere either way.
-        return
-
-
-async def _abort_jobs(jobs: Sequence[_Job]) -> None:
-    await asyncio.gather(*(_abort(*job.asked) for job in jobs if job.asked is not None))

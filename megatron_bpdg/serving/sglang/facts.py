@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bpdg.parallel.together import on_first
-from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ask_each
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,12 @@ async def server_facts(server: Server) -> ServerFacts:
 def served_token_limits(urls: Sequence[str], api_key: str | None) -> dict[str, int]:
     """`ServerFacts.token_limit` of the servers that say it; others, such as routers, are left out. Collective."""
 
-    async def ask(url: str) -> int | None:
-        async with Server(url, 30.0, api_key) as server:
-            try:
-                return _token_limit(await server.get("/server_info"))
-            except ServerError:
-                # Not here: whoever needs a server that is away says so.
-                return None
+    async def ask(server: Server) -> int | None:
+        return _token_limit(await server.get("/server_info"))
 
-    async def ask_all() -> dict[str, int]:
-        limits = await asyncio.gather(*(ask(url) for url in urls))
-        return {url: limit for url, limit in zip(urls, limits) if limit is not None}
-
-    return on_first(lambda: asyncio.run(ask_all()))
+    # One that fails is left out here: whoever needs a server that is away says so.
+    limits = on_first(lambda: asyncio.run(ask_each(urls, api_key, ask)))
+    return {url: limit for url, limit in limits.items() if isinstance(limit, int)}
 
 
 def _token_limit(info: Any) -> int | None:
