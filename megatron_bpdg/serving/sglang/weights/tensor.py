@@ -15,10 +15,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_bpdg.serving.sglang.weights.base import Bucket, NewUpdate, Update, Weights, buckets, share_outcome
+from megatron_bpdg.serving.sglang.weights.base import (
+    Bucket,
+    NewUpdate,
+    Update,
+    Weights,
+    WeightSync,
+    buckets,
+    raise_failed,
+)
 
 
-class TensorSync:
+class TensorSync(WeightSync):
     """`WeightSync` of colocated engines: handles of tensors go over HTTP, the tensors stay where they are.
 
     On GPUs a handle (CUDA IPC) can be opened only on its own device: the engines must be given in the order of the
@@ -45,7 +53,16 @@ class TensorSync:
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
             with self.update(urls) as update:
-                ranks = self._ranks_of_engines(update)
+                # Which payloads each engine's tensor-parallel ranks get, in order.
+                ranks = update.places(0)
+                devices = sum(map(len, ranks.values()))
+                if torch.cuda.is_available() and devices > dist.get_world_size():
+                    for url in update.urls:
+                        update.failed[url] = (
+                            f"the engines have {devices} devices, the trainer {dist.get_world_size()} ranks: "
+                            "rollout.weight_sync.method: tensor is for engines on the trainer's own devices; use "
+                            "distributed"
+                        )
                 update.begin()
                 self._send(weights, version, update, ranks)
                 update.end()
@@ -53,10 +70,7 @@ class TensorSync:
             failed = update.failed
         else:
             self._send(weights, version, None, {})
-        share_outcome(failed)
-
-    def close(self) -> None:
-        """Nothing is held between updates."""
+        raise_failed(failed)
 
     def _send(self, weights: Weights, version: str, update: Update | None, ranks: dict[str, range]) -> None:
         with _shared_by_name():
@@ -77,18 +91,6 @@ class TensorSync:
                 update.post("/update_weights_from_tensor", body)
                 if dist.get_world_size() > 1:
                     dist.barrier()
-
-    def _ranks_of_engines(self, update: Update) -> dict[str, range]:
-        """Which payloads each engine's tensor-parallel ranks get, in order."""
-        ranks = update.places(0)
-        devices = sum(map(len, ranks.values()))
-        if torch.cuda.is_available() and devices > dist.get_world_size():
-            for url in update.urls:
-                update.failed[url] = (
-                    f"the engines have {devices} devices, the trainer {dist.get_world_size()} ranks: "
-                    "rollout.weight_sync.method: tensor is for engines on the trainer's own devices; use distributed"
-                )
-        return ranks
 
 
 def _payloads(bucket: Bucket, receivers: int) -> Any:
