@@ -23,12 +23,11 @@ from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
-from megatron_bpdg.rollout.probe import check_probe
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable, ask_each
 from megatron_bpdg.serving.http.pool import LONGEST_PAUSE_S, ServerPool, ServingError, StaleWeights, State
 from megatron_bpdg.serving.http.ready import healthy, resume
-from megatron_bpdg.serving.sglang.answers import Generated, read_generated
+from megatron_bpdg.serving.sglang.answers import Generated, ask_scores, read_generated
 from megatron_bpdg.serving.sglang.weights import WeightSync, WeightSyncError
 from megatron_bpdg.serving.sglang.weights.base import Weights
 
@@ -121,16 +120,38 @@ class SGLangEngine:
         except WeightSyncError as error:
             failed = error.failed
 
-        def check() -> dict[str, str]:
-            if self._probe is None:
-                return failed
-            took = [url for url in urls if url not in failed]
-            unanswered, wrong = self._background.run(check_probe(took, self._probe, self.vocab_size, self._api_key))
-            if wrong:
-                raise WeightSyncError("\n".join(wrong))
-            return failed | unanswered
+        took = [url for url in urls if url not in failed]
+        return failed | on_first(lambda: self._background.run(self._probed(took)))
 
-        return on_first(check)
+    async def _probed(self, urls: Sequence[str]) -> dict[str, str]:
+        """Engine -> why it did not answer the probe text; raises WeightSyncError where one answers otherwise."""
+        if (probe := self._probe) is None:
+            return {}
+
+        async def score(server: Server) -> torch.Tensor:
+            (scored,) = await ask_scores(server, [(probe.ids[:1], probe.ids[1:])], top_k=0, vocab_size=self.vocab_size)
+            return scored.logprobs_R
+
+        unanswered: dict[str, str] = {}
+        wrong: list[str] = []
+        for url, answer in (await ask_each(urls, self._api_key, score, timeout_s=60.0)).items():
+            if isinstance(answer, ServerUnavailable):
+                unanswered[url] = f"no answer to the probe text: {answer}"
+                continue
+            if isinstance(answer, ServerError):
+                wrong.append(f"{url} does not answer the probe text: {answer}")
+                continue
+            difference = (answer - probe.logprobs_T).abs()
+            # Not "greater than": NaN is wrong too.
+            if not float(difference.mean()) <= probe.tolerance:
+                wrong.append(
+                    f"{url} does not answer as the weights it was sent: log-probs of the probe text differ by "
+                    f"{float(difference.mean()):.3g} nats on average (at most {float(difference.max()):.3g}), allowed "
+                    f"{probe.tolerance:g} (rollout.weight_sync.probe_tolerance); check its model and --dtype"
+                )
+        if wrong:
+            raise WeightSyncError("\n".join(wrong))
+        return unanswered
 
     def _one_is_back(self, tries: int) -> bool:
         """Whether an engine is healthy, within `recovery_s` from now. Collective; the ranks meet at every look."""
