@@ -43,10 +43,10 @@ def serve(
 ) -> None:
     """Serve a checkpoint with SGLang until Ctrl-C or SIGTERM; see docs/sglang.md."""
     from megatron_bpdg.parallel.platform import default_device
-    from megatron_bpdg.serving.command import serve as serve_in_foreground
     from megatron_bpdg.serving.http.client import api_key
     from megatron_bpdg.serving.http.process import signals_interrupt
     from megatron_bpdg.serving.sglang.launch import as_hf, find_python, server_command
+    from megatron_bpdg.serving.sglang.launch import serve as serve_in_foreground
 
     interpreter = find_python(python)
     key = api_key(api_key_env, "--api-key-env")

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 
 import torch
 
@@ -87,17 +87,16 @@ class SGLangEngine:
 
     def _push(self, urls: Sequence[str]) -> None:
         self._unsure |= set(urls)
-        failed = self._send(urls)
-        tries = 1
-        while set(failed) >= set(self.sync_urls):
+        for tries in count(1):
+            failed = self._send(urls)
+            if not set(failed) >= set(self.sync_urls):
+                break
             if tries >= self.servers.attempts or not self._one_is_back(tries):
                 listed = "\n".join(f"  {url}: {message}" for url, message in failed.items())
                 raise ServingError(
                     f"rollout: no engine took the weights of step {self.version} (tries: {tries}; "
                     f"rollout.servers.attempts, rollout.servers.recovery_s):\n{listed}"
                 )
-            failed = self._send(urls)
-            tries += 1
         self._unsure = self._unsure - set(urls) | set(failed)
         if not self.mesh.is_leader:
             return
@@ -202,33 +201,19 @@ class SGLangEngine:
 
     async def sample(self, job: _Job, sampling: Sampling) -> Response:
         """Sample one response to its end; goes on where others aborted it, ends early where `job` is cancelled."""
-        started = job.request.started or Response.empty()
-        ids, logprobs, versions = list(started.ids), [started.logprobs], [started.version_R]
-        finish = "abort"
-        while finish == "abort" and not job.interrupted and len(ids) < sampling.max_new_tokens:
-            answer, version_R = await self.pool.call(partial(self._ask, job=job, ids=ids, sampling=sampling), job.name)
-            ids += answer.ids
-            logprobs.append(answer.logprobs_R)
-            versions.append(version_R)
-            finish = answer.finish
-        full = len(ids) >= sampling.max_new_tokens
-        return Response(
-            ids,
-            torch.cat(logprobs),
-            finished=finish == "stop",
-            version_R=torch.cat(versions),
-            cut_off=finish == "abort" and not full,
-        )
+        response = job.request.started or Response.empty()
+        while response.cut_off and not job.interrupted:
+            response = await self.pool.call(partial(self._go_on, job=job, begun=response, sampling=sampling), job.name)
+        return response
 
-    async def _ask(
-        self, server: Server, job: _Job, ids: list[int], sampling: Sampling
-    ) -> tuple[Generated, torch.Tensor]:
+    async def _go_on(self, server: Server, job: _Job, begun: Response, sampling: Sampling) -> Response:
+        """Ask a server for all that is left of a response."""
         if job.interrupted:
-            return Generated([], torch.zeros(0), "abort", [], ""), torch.zeros(0, dtype=torch.int32)
-        left = sampling.max_new_tokens - len(ids)
+            return begun
+        left = sampling.max_new_tokens - len(begun.ids)
         before = self.version
         request_id = f"{self.run}-{uuid.uuid4().hex}"
-        input_ids = job.request.prompt_ids + ids
+        input_ids = job.request.prompt_ids + begun.ids
         body = {
             "rid": request_id,
             "input_ids": input_ids,
@@ -258,7 +243,13 @@ class SGLangEngine:
         if answer.finish == "abort" and not answer.ids and not job.interrupted:
             # Counted as a failed try: a server that does nothing else would be asked again for ever.
             raise MalformedAnswer(f"{where}: aborted before its first token, and not by this run")
-        return answer, self._versions(answer, before, where)
+        return Response(
+            begun.ids + answer.ids,
+            torch.cat([begun.logprobs, answer.logprobs_R]),
+            finished=answer.finish == "stop",
+            version_R=torch.cat([begun.version_R, self._versions(answer, before, where)]),
+            cut_off=answer.finish == "abort" and len(answer.ids) < left,
+        )
 
     def _versions(self, answer: Generated, before: int, where: str) -> torch.Tensor:
         """Step of each token's weights, int32 ``[R]``."""
@@ -293,7 +284,7 @@ class SGLangStream:
     """`RolloutStream` of an `SGLangEngine`."""
 
     def __init__(self, engine: SGLangEngine, requests: Sequence[Request], sampling: Sampling) -> None:
-        self.engine, self.count = engine, len(requests)
+        self.engine = engine
         self._left = len(requests)
         self._running: dict[Future[Response], _Job] = {}
         if engine.mesh.is_leader:
@@ -304,9 +295,7 @@ class SGLangStream:
 
     def __iter__(self) -> Iterator[Finished]:
         while self._left:
-            finished = self._meet()
-            self._left -= len(finished)
-            if finished:
+            if finished := self._meet():
                 yield finished
 
     def interrupt(self) -> Finished:
@@ -318,9 +307,7 @@ class SGLangStream:
             asked = [job.asked for job in self._running.values()]
             for abort in [self.engine._background.submit(_abort(*request)) for request in asked if request]:
                 abort.result()
-            finished = self._meet()
-            self._left -= len(finished)
-            leftovers += finished
+            leftovers += self._meet()
         return leftovers
 
     def _meet(self) -> Finished:
@@ -352,7 +339,9 @@ class SGLangStream:
             raise ServingError(next(filter(None, errors)))
         if lacking := sorted(set(chain(*without))):
             engine._push(lacking if set(lacking) <= set(engine.sync_urls) else engine.sync_urls)
-        return list(chain(*finished))
+        together = list(chain(*finished))
+        self._left -= len(together)
+        return together
 
 
 async def _abort(server: Server, request_id: str) -> None:

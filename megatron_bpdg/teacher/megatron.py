@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
-from torch import nn
 
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import MegatronPolicy
@@ -30,8 +30,7 @@ class MegatronTeacher:
         self.temperature = temperature
         self.offload = offload
         policy.module.requires_grad_(False)
-        if offload:
-            _move(policy.module, torch.device("cpu"))
+        self._move_to(torch.device("cpu"))
 
     def prefetch(self, trajectories: Sequence[Trajectory]) -> None:
         """Nothing to do: this teacher works in the trainer's own time."""
@@ -41,16 +40,14 @@ class MegatronTeacher:
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Fill in the teacher fields of every trajectory."""
-        if self.offload:
-            _move(self.policy.module, default_device())
+        self._move_to(default_device())
         score(self.policy, micro_batches, self.needs, self.temperature, _store)
+        self._move_to(torch.device("cpu"))
+
+    def _move_to(self, device: torch.device) -> None:
         if self.offload:
-            _move(self.policy.module, torch.device("cpu"))
-
-
-def _move(module: nn.Module, device: torch.device) -> None:
-    for tensor in [*module.parameters(), *module.buffers()]:
-        tensor.data = tensor.data.to(device)
+            for tensor in chain(self.policy.module.parameters(), self.policy.module.buffers()):
+                tensor.data = tensor.data.to(device)
 
 
 def _store(trajectory: Trajectory, scores: Scores) -> None:

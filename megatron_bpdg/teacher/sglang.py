@@ -29,7 +29,7 @@ from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ask
 from megatron_bpdg.serving.http.pool import ServerPool, ServingError
 from megatron_bpdg.serving.sglang.answers import Scored, ask_scores
-from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
+from megatron_bpdg.serving.sglang.facts import check_tokenizer
 
 # Tokens of the text by which a teacher's servers are told apart, and how far right answers to it may be apart.
 _FINGERPRINT_TOKENS = 32
@@ -69,7 +69,7 @@ class SGLangTeacher:
         self.dtype = _DTYPES[cfg.payload_dtype]
         self.pool = ServerPool(cfg.servers, "teacher", api_key, self._is_the_same)
         # By identity; holding the trajectory keeps its identity its own.
-        self._asked: dict[int, tuple[Trajectory, Future[Scored]]] = {}
+        self._asked: dict[int, tuple[Trajectory, Future[list[Scored]], int]] = {}
         self._version: str | None = None
         generator = torch.Generator().manual_seed(0)
         self._text = torch.randint(vocab_size, (_FINGERPRINT_TOKENS + 1,), generator=generator).tolist()
@@ -103,7 +103,7 @@ class SGLangTeacher:
         for batch in up_to(mine, lengths, self.cfg.tokens_per_request):
             answers = self._background.submit(self._score(batch))
             for position, trajectory in enumerate(batch):
-                self._asked[id(trajectory)] = trajectory, self._background.submit(_item(answers, position))
+                self._asked[id(trajectory)] = trajectory, answers, position
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Fill in the teacher fields of every trajectory, on all ranks of the last stage.
@@ -117,7 +117,8 @@ class SGLangTeacher:
 
         def store() -> None:
             for trajectory in trajectories:
-                self._store(*self._asked.pop(id(trajectory)))
+                _, answers, position = self._asked.pop(id(trajectory))
+                self._store(trajectory, answers.result()[position])
 
         self._on_leaders(store)
         if self.mesh.is_last_stage and self.mesh.stage.size() > 1:
@@ -141,8 +142,7 @@ class SGLangTeacher:
             if found is not None:
                 raise found
 
-    def _store(self, trajectory: Trajectory, answer: Future[Scored]) -> None:
-        scored = answer.result()
+    def _store(self, trajectory: Trajectory, scored: Scored) -> None:
         trajectory.teacher_logprobs_R = (scored.logprobs_R / self.temperature).to(self.dtype)
         trajectory.teacher_support_RK = scored.support_RK
         if scored.support_logprobs_RK is not None:
@@ -206,10 +206,6 @@ class SGLangTeacher:
 
     def _distance(self, scored: Scored) -> float:
         return float((scored.logprobs_R - self._fingerprint_T).abs().mean())
-
-
-async def _item(answers: Future[list[Scored]], position: int) -> Scored:
-    return (await asyncio.wrap_future(answers))[position]
 
 
 def served_model(servers: Servers, api_key: str | None) -> Path:

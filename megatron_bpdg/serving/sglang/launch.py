@@ -1,7 +1,8 @@
-"""What starts an SGLang server for a role: its Python, its checkpoint as an HF directory, its command line."""
+"""`bpdg serve`: an SGLang server's Python, its checkpoint as an HF directory, its command line, and its run."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shlex
@@ -14,10 +15,13 @@ from typing import Any, ClassVar
 
 from packaging.version import Version
 from rich.console import Console
+from rich.markup import escape
 
 from megatron_bpdg.checkpoint.convert import Options, megatron_to_hf
 from megatron_bpdg.checkpoint.source import DTYPES, is_megatron, open_megatron
-from megatron_bpdg.serving.http.process import Command
+from megatron_bpdg.serving.http.client import ask
+from megatron_bpdg.serving.http.process import Command, RunningServer
+from megatron_bpdg.serving.sglang.facts import server_facts
 from megatron_bpdg.serving.sglang.role import Device, Role
 from megatron_bpdg.tracking.files import write_text
 
@@ -225,6 +229,32 @@ def as_hf(checkpoint: Path, export: Path | None, console: Console) -> Path:
     return export
 
 
+def serve(command: ServerCommand, log: Path, deadline_s: float, console: Console) -> None:
+    """Run a server until a signal interrupts or it ends; its facts are printed once it is healthy.
+
+    Args:
+        log: its output.
+        deadline_s: seconds that it has to become healthy.
+
+    Raises:
+        ServerDied: the server ended by itself.
+    """
+
+    def report(seconds: float, line: str) -> None:
+        console.print(escape(f"starting for {seconds:.0f} s: {line}"), soft_wrap=True, highlight=False)
+
+    console.print(f"log: {log}", soft_wrap=True)
+    with RunningServer(command, log, deadline_s=deadline_s, progress=report) as server:
+        facts = asyncio.run(ask(server.url, command.api_key, server_facts))
+        console.print(
+            f"ready: {server.url} serves {facts.model}, {facts.dtype}, vocabulary {command.vocab_size}, context "
+            f"{facts.context_length}, weights {facts.weight_version!r}, SGLang {facts.sglang}; Ctrl-C stops it",
+            soft_wrap=True,
+            highlight=False,
+        )
+        server.wait()
+
+
 def _read_config(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json as it is, as SGLang serves more families than the trainer knows; and the part about the text model.
 
@@ -244,6 +274,6 @@ def _read_config(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _sglang_version(python: str) -> str | None:
     """Version that an interpreter has, without importing it, which takes long."""
-    ask = "from importlib.metadata import version; print(version('sglang'))"
-    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    program = "from importlib.metadata import version; print(version('sglang'))"
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None

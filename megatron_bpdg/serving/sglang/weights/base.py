@@ -51,7 +51,6 @@ class Weights(Protocol):
 
     def save(self, path: Path) -> None:
         """Write them as a complete HF directory that appears at once."""
-        ...
 
 
 class WeightSync(ABC):
