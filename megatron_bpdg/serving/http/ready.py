@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.serving.http.client import Server, ask_each
@@ -40,20 +40,17 @@ async def wait_until_ready(
             return
         if now - reported >= _REPORT_S:
             reported = now
-            console.print(
-                escape(
-                    f"waiting for {role} server {', '.join(missing)}: {now - started:.0f} of {servers.recovery_s:g} s "
-                    f"({role}.servers.recovery_s)"
-                ),
-                soft_wrap=True,
-                highlight=False,
+            line = (
+                f"waiting for {role} server {', '.join(missing)}: {now - started:.0f} of {servers.recovery_s:g} s "
+                f"({role}.servers.recovery_s)"
             )
+            console.print(Text(line), soft_wrap=True)
         await asyncio.sleep(_POLL_S)
 
 
-async def healthy(urls: Iterable[str], api_key: str | None) -> list[str]:
+async def healthy(urls: Iterable[str], api_key: str | None) -> set[str]:
     """Those that can generate now."""
-    return [url for url, found in (await ask_each(urls, api_key, Server.healthy)).items() if found is True]
+    return {url for url, found in (await ask_each(urls, api_key, Server.healthy)).items() if found is True}
 
 
 async def resume(urls: Iterable[str], api_key: str | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from packaging.version import Version
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from megatron_bpdg.checkpoint.convert import Options, megatron_to_hf
 from megatron_bpdg.checkpoint.source import DTYPES, is_megatron, open_megatron
@@ -241,7 +241,7 @@ def serve(command: ServerCommand, log: Path, deadline_s: float, console: Console
     """
 
     def report(seconds: float, line: str) -> None:
-        console.print(escape(f"starting for {seconds:.0f} s: {line}"), soft_wrap=True, highlight=False)
+        console.print(Text(f"starting for {seconds:.0f} s: {line}"), soft_wrap=True)
 
     console.print(f"log: {log}", soft_wrap=True)
     with RunningServer(command, log, deadline_s=deadline_s, progress=report) as server:

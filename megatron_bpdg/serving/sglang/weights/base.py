@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from megatron_bpdg.config.rollout import WeightSync as WeightSyncConfig
 from megatron_bpdg.parallel.together import on_first
 from megatron_bpdg.serving.http.background import Background
 from megatron_bpdg.serving.http.client import Answer, MalformedAnswer, Server, ServerError, ask_each
@@ -23,7 +24,6 @@ from megatron_bpdg.serving.http.client import Answer, MalformedAnswer, Server, S
 Bucket = list[tuple[str, Tensor]]
 Body = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
 Question = Callable[[Server], Awaitable[Answer]]
-NewUpdate = Callable[[Sequence[str]], "Update"]
 
 # For all calls that carry no weights: an engine that hangs must not hold the others paused for longer.
 _CONTROL_S = 60.0
@@ -54,7 +54,20 @@ class Weights(Protocol):
 
 
 class WeightSync(ABC):
-    """Carries weights from the trainer's ranks to servers."""
+    """Carries weights from the trainer's ranks to servers.
+
+    Args:
+        cfg: the section `rollout.weight_sync`.
+        output: the run's directory, where weights lie that have no directory of their own.
+        api_key: bearer token of the servers, or None.
+    """
+
+    def __init__(self, cfg: WeightSyncConfig, output: Path, api_key: str | None = None) -> None:
+        self.cfg, self.output, self.api_key = cfg, output, api_key
+
+    def update(self, urls: Sequence[str]) -> Update:
+        """A new update of some servers, for rank 0."""
+        return Update(urls, pause=self.cfg.pause, timeout_s=self.cfg.timeout_s, api_key=self.api_key)
 
     @abstractmethod
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ import socket
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from datetime import timedelta
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -25,7 +24,6 @@ from megatron_bpdg.parallel.together import everyone
 from megatron_bpdg.serving.http.client import Server
 from megatron_bpdg.serving.sglang.weights.base import (
     Bucket,
-    NewUpdate,
     Update,
     Weights,
     WeightSync,
@@ -35,30 +33,18 @@ from megatron_bpdg.serving.sglang.weights.base import (
 )
 
 
-@dataclass
 class DistributedSync(WeightSync):
     """`WeightSync` that broadcasts from rank 0 to every engine's ranks.
 
     The group is made at the first update and used again as long as the same engines are there and remember the last
     update. When an engine dies on the way, the group is made anew without it and everything is sent again: the others
     must not be left with half of the weights.
-
-    Args:
-        bucket_bytes: sent at once.
-        update: begins an `Update` of some servers.
-        timeout_s: for the group and its collectives.
-        master_address, master_port: where the engines meet rank 0; None: its address towards them, a free port.
     """
 
-    bucket_bytes: int
-    update: NewUpdate
-    timeout_s: float
-    master_address: str | None = None
-    master_port: int | None = None
-    _group: dist.ProcessGroup | None = field(default=None, init=False)
-    _name: str = field(default="", init=False)
-    _members: list[str] = field(default_factory=list, init=False)
-    _version: str | None = field(default=None, init=False)
+    _group: dist.ProcessGroup | None = None
+    _name = ""
+    _members: Sequence[str] = ()
+    _version: str | None = None
 
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
         update = self.update(urls) if dist.get_rank() == 0 else None
@@ -87,7 +73,7 @@ class DistributedSync(WeightSync):
         if whole and update.urls:
             update.begin()
             whole = not self._lost(update)
-            for bucket, last in buckets(stream, self.bucket_bytes):
+            for bucket, last in buckets(stream, self.cfg.bucket_mb * 10**6):
                 whole = whole and self._broadcast(bucket, version if last else None, update)
             if whole:
                 update.end()
@@ -121,8 +107,8 @@ class DistributedSync(WeightSync):
         places = update.places(1)
         if not update.urls:
             return True
-        address = self.master_address or _address(update.urls)
-        port = self.master_port or _free_port()
+        address = self.cfg.master_address or _address(update.urls)
+        port = self.cfg.master_port or _free_port()
         name = f"bpdg-{uuid.uuid4().hex[:8]}"
         world = 1 + sum(map(len, places.values()))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -138,7 +124,7 @@ class DistributedSync(WeightSync):
             posting("/init_weights_update_group", lambda url: body | {"rank_offset": places[url].start})
         )
         try:
-            self._group = _make_group(address, port, world, name, backend, self.timeout_s)
+            self._group = _make_group(address, port, world, name, backend, self.cfg.timeout_s)
             self._name = name
         except (RuntimeError, ValueError) as error:
             joined()
@@ -194,7 +180,7 @@ class DistributedSync(WeightSync):
         if self._group is not None:
             self._group.abort()
             dist.destroy_process_group(self._group)
-        self._group, self._members = None, []
+        self._group, self._members = None, ()
 
     def close(self) -> None:
         if self._group is not None:

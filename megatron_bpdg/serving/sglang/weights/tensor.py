@@ -9,15 +9,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from megatron_bpdg.config.rollout import WeightSync as WeightSyncConfig
 from megatron_bpdg.serving.sglang.weights.base import (
     Bucket,
-    NewUpdate,
     Update,
     Weights,
     WeightSync,
@@ -33,21 +34,17 @@ class TensorSync(WeightSync):
     trainer's ranks, an engine of tensor-parallel size t standing on the devices of t consecutive ranks. On CPU any
     engine can open rank 0's.
 
-    Args:
-        bucket_bytes: sent at once.
-        update: begins an `Update` of some servers.
-
     Raises:
         ValueError: handles of GPU memory cannot be made here.
     """
 
-    def __init__(self, bucket_bytes: int, update: NewUpdate) -> None:
+    def __init__(self, cfg: WeightSyncConfig, output: Path, api_key: str | None = None) -> None:
+        super().__init__(cfg, output, api_key)
         if torch.cuda.is_available() and importlib.util.find_spec("sglang") is None:
             raise ValueError(
                 "rollout.weight_sync.method: tensor makes handles of GPU memory with SGLang's own code, and the "
                 "trainer's environment has no sglang: install it there too, or use distributed or disk"
             )
-        self.bucket_bytes, self.update = bucket_bytes, update
 
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
         failed: dict[str, str] = {}
@@ -74,7 +71,7 @@ class TensorSync(WeightSync):
 
     def _send(self, weights: Weights, version: str, update: Update | None, ranks: dict[str, range]) -> None:
         with _shared_by_name():
-            for bucket, last in buckets(weights, self.bucket_bytes):
+            for bucket, last in buckets(weights, self.cfg.bucket_mb * 10**6):
                 payloads = _payloads(bucket, sum(map(len, ranks.values())))
                 if update is None:
                     # Peers keep their bucket until rank 0 has heard that it was read.
