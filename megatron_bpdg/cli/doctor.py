@@ -109,8 +109,7 @@ def _diagnose_servers(servers: list[str], checkpoint: Path | None, api_key_env: 
 async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None) -> tuple[dict[str, str], list[str]]:
     """What a server says of itself, and what is wrong with it."""
     from megatron_bpdg.serving.http.client import Server, ServerError
-    from megatron_bpdg.serving.sglang.facts import server_facts
-    from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
+    from megatron_bpdg.serving.sglang.facts import check_tokenizer, server_facts
 
     rows: dict[str, str] = {}
     problems = []

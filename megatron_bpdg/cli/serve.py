@@ -42,10 +42,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a checkpoint with SGLang until Ctrl-C or SIGTERM; see docs/sglang.md."""
-    from megatron_bpdg.serving.command import serve as serve_in_foreground
+    from megatron_bpdg.parallel.platform import default_device
     from megatron_bpdg.serving.http.client import api_key
     from megatron_bpdg.serving.http.process import signals_interrupt
-    from megatron_bpdg.serving.sglang.launch import as_hf, default_device, find_python, server_command
+    from megatron_bpdg.serving.sglang.launch import as_hf, find_python, server_command
+    from megatron_bpdg.serving.sglang.launch import serve as serve_in_foreground
 
     interpreter = find_python(python)
     key = api_key(api_key_env, "--api-key-env")
@@ -54,7 +55,7 @@ def serve(
             as_hf(checkpoint, export, console),
             role,
             python=interpreter,
-            device=device or default_device(),
+            device=device or Device(default_device().type),
             host=host,
             port=port,
             tp=tp,

@@ -6,6 +6,7 @@ Each rank keeps a full copy of the student and samples its share of the requests
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,13 @@ class EmbeddedEngine:
         return Response(ids[:length], logprobs_T[:length].clone(), finished, version_R)
 
 
+@dataclass
 class _Batches:
     """`RolloutStream`: the ranks decode a batch each, then tell each other."""
 
-    def __init__(self, engine: EmbeddedEngine, requests: Sequence[Request], sampling: Sampling) -> None:
-        self.engine, self.requests, self.sampling = engine, requests, sampling
+    engine: EmbeddedEngine
+    requests: Sequence[Request]
+    sampling: Sampling
 
     def __iter__(self) -> Iterator[Finished]:
         # Sorting by length keeps left padding short.

@@ -73,7 +73,6 @@ class RolloutStream(Protocol):
 
     def interrupt(self) -> Finished:
         """Cut off what is not finished and return it as it is, started or not."""
-        ...
 
 
 class RolloutEngine(Protocol):
@@ -87,15 +86,12 @@ class RolloutEngine(Protocol):
 
     def stream(self, requests: Sequence[Request], sampling: Sampling) -> RolloutStream:
         """Start sampling; the stream gives the same on every rank."""
-        ...
 
     def load_weights(self, weights: Weights, version: int, probe: Probe | None) -> None:
         """Take new weights and remember their version. Engines that are sent their weights check them with `probe`."""
-        ...
 
     def close(self) -> None:
         """Let go of connections and threads."""
-        ...
 
 
 def generate(

@@ -23,10 +23,6 @@ class _Group:
     done: dict[int, Response] = field(default_factory=dict)
     started: dict[int, Response] = field(default_factory=dict)
 
-    @property
-    def complete(self) -> bool:
-        return len(self.done) == len(self.seeds)
-
 
 class GroupSampler:
     """Samples each step's prompts; with `extra_prompts`, also others, and takes the groups that finish first.
@@ -61,7 +57,7 @@ class GroupSampler:
 
         def take() -> Iterator[list[Trajectory]]:
             for number, group in enumerate(groups):
-                if group.complete and group not in taken and len(taken) < wanted:
+                if len(group.done) == len(group.seeds) and group not in taken and len(taken) < wanted:
                     taken.append(group)
                     yield self._trajectories(group, len(taken) - 1 if self.cfg.extra_prompts else number)
 

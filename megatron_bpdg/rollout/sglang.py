@@ -7,28 +7,27 @@ again at such a meeting, before it serves again.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 
 import torch
-import torch.distributed as dist
 
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.together import everyone, on_first
 from megatron_bpdg.rollout.engine import Finished, Probe, Request, Response
-from megatron_bpdg.rollout.probe import check_probe, weights_are
 from megatron_bpdg.serving.http.background import Background
-from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable, ask_each
 from megatron_bpdg.serving.http.pool import LONGEST_PAUSE_S, ServerPool, ServingError, StaleWeights, State
 from megatron_bpdg.serving.http.ready import healthy, resume
-from megatron_bpdg.serving.sglang.answers import Generated, read_generated
+from megatron_bpdg.serving.sglang.answers import Generated, ask_scores, read_generated
 from megatron_bpdg.serving.sglang.weights import WeightSync, WeightSyncError
 from megatron_bpdg.serving.sglang.weights.base import Weights
 
@@ -70,15 +69,9 @@ class SGLangEngine:
         self._probe: Probe | None = None
         # Engines whose last update failed; what they call their weights says nothing then.
         self._unsure: set[str] = set()
-        self._background = Background("bpdg-rollout") if self._talks else None
+        # Leaders ask for responses; the first rank of all sends the weights and checks them.
+        self._background = Background("bpdg-rollout")
         self.pool = ServerPool(servers, "rollout", api_key, self._has_our_weights)
-        if self._background is not None:
-            self._background.run(self.pool.open())
-
-    @property
-    def _talks(self) -> bool:
-        """Leaders ask for responses; the first rank of all sends the weights and checks them."""
-        return self.mesh.is_leader or dist.get_rank() == 0
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -94,30 +87,28 @@ class SGLangEngine:
 
     def _push(self, urls: Sequence[str]) -> None:
         self._unsure |= set(urls)
-        failed = self._send(urls)
-        tries = 1
-        while set(failed) >= set(self.sync_urls):
+        for tries in count(1):
+            failed = self._send(urls)
+            if not set(failed) >= set(self.sync_urls):
+                break
             if tries >= self.servers.attempts or not self._one_is_back(tries):
                 listed = "\n".join(f"  {url}: {message}" for url, message in failed.items())
                 raise ServingError(
                     f"rollout: no engine took the weights of step {self.version} (tries: {tries}; "
                     f"rollout.servers.attempts, rollout.servers.recovery_s):\n{listed}"
                 )
-            failed = self._send(urls)
-            tries += 1
         self._unsure = self._unsure - set(urls) | set(failed)
-        if self._background is not None:
-            self._background.run(self._set_states(urls, failed))
-
-    async def _set_states(self, urls: Sequence[str], failed: Mapping[str, str]) -> None:
+        if not self.mesh.is_leader:
+            return
         if set(self.sync_urls) == set(self.pool.urls):
             states = {url: State.DOWN if url in failed else State.SERVING for url in urls}
         else:
             # A router serves as long as one engine behind it does, but not where it may choose one that failed and yet
             # calls its weights by the name of the right ones.
-            named = [await weights_are(url, self.wire_version(self.version), self._api_key) for url in failed]
-            states = dict.fromkeys(self.pool.urls, State.STALE if any(named) else State.SERVING)
-        await self.pool.set_states(states, failed)
+            named = self._background.run(ask_each(failed, self._api_key, Server.weight_version))
+            mistakable = self.wire_version(self.version) in named.values()
+            states = dict.fromkeys(self.pool.urls, State.STALE if mistakable else State.SERVING)
+        self._background.run(self.pool.set_states(states, failed))
 
     def _send(self, urls: Sequence[str]) -> dict[str, str]:
         """Engine -> why it cannot be said to have the weights. Collective, the same on every rank."""
@@ -128,17 +119,38 @@ class SGLangEngine:
         except WeightSyncError as error:
             failed = error.failed
 
-        def check() -> dict[str, str]:
-            if self._probe is None:
-                return failed
-            assert self._background is not None
-            took = [url for url in urls if url not in failed]
-            unanswered, wrong = self._background.run(check_probe(took, self._probe, self.vocab_size, self._api_key))
-            if wrong:
-                raise WeightSyncError("\n".join(wrong))
-            return failed | unanswered
+        took = [url for url in urls if url not in failed]
+        return failed | on_first(lambda: self._background.run(self._probed(took)))
 
-        return on_first(check)
+    async def _probed(self, urls: Sequence[str]) -> dict[str, str]:
+        """Engine -> why it did not answer the probe text; raises WeightSyncError where one answers otherwise."""
+        if (probe := self._probe) is None:
+            return {}
+
+        async def score(server: Server) -> torch.Tensor:
+            (scored,) = await ask_scores(server, [(probe.ids[:1], probe.ids[1:])], top_k=0, vocab_size=self.vocab_size)
+            return scored.logprobs_R
+
+        unanswered: dict[str, str] = {}
+        wrong: list[str] = []
+        for url, answer in (await ask_each(urls, self._api_key, score, timeout_s=60.0)).items():
+            if isinstance(answer, ServerUnavailable):
+                unanswered[url] = f"no answer to the probe text: {answer}"
+                continue
+            if isinstance(answer, ServerError):
+                wrong.append(f"{url} does not answer the probe text: {answer}")
+                continue
+            difference = (answer - probe.logprobs_T).abs()
+            # Not "greater than": NaN is wrong too.
+            if not float(difference.mean()) <= probe.tolerance:
+                wrong.append(
+                    f"{url} does not answer as the weights it was sent: log-probs of the probe text differ by "
+                    f"{float(difference.mean()):.3g} nats on average (at most {float(difference.max()):.3g}), allowed "
+                    f"{probe.tolerance:g} (rollout.weight_sync.probe_tolerance); check its model and --dtype"
+                )
+        if wrong:
+            raise WeightSyncError("\n".join(wrong))
+        return unanswered
 
     def _one_is_back(self, tries: int) -> bool:
         """Whether an engine is healthy, within `recovery_s` from now. Collective; the ranks meet at every look."""
@@ -146,7 +158,6 @@ class SGLangEngine:
         time.sleep(min(self.servers.backoff_s * 2 ** (tries - 1), LONGEST_PAUSE_S))
 
         def look() -> bool | None:
-            assert self._background is not None
             # One that did not hear the end of the update is still paused.
             self._background.run(resume(self.sync_urls, self._api_key))
             found = self._background.run(healthy(self.sync_urls, self._api_key))
@@ -184,40 +195,25 @@ class SGLangEngine:
         return SGLangStream(self, requests, sampling)
 
     def close(self) -> None:
-        if self._background is not None:
-            self._background.run(self.pool.close())
-            self._background.close()
+        self._background.run(self.pool.close())
+        self._background.close()
         self.sync.close()
 
     async def sample(self, job: _Job, sampling: Sampling) -> Response:
         """Sample one response to its end; goes on where others aborted it, ends early where `job` is cancelled."""
-        started = job.request.started or Response.empty()
-        ids, logprobs, versions = list(started.ids), [started.logprobs], [started.version_R]
-        finish = "abort"
-        while finish == "abort" and not job.interrupted and len(ids) < sampling.max_new_tokens:
-            answer, version_R = await self.pool.call(partial(self._ask, job=job, ids=ids, sampling=sampling), job.name)
-            ids += answer.ids
-            logprobs.append(answer.logprobs_R)
-            versions.append(version_R)
-            finish = answer.finish
-        full = len(ids) >= sampling.max_new_tokens
-        return Response(
-            ids,
-            torch.cat(logprobs),
-            finished=finish == "stop",
-            version_R=torch.cat(versions),
-            cut_off=finish == "abort" and not full,
-        )
+        response = job.request.started or Response.empty()
+        while response.cut_off and not job.interrupted:
+            response = await self.pool.call(partial(self._go_on, job=job, begun=response, sampling=sampling), job.name)
+        return response
 
-    async def _ask(
-        self, server: Server, job: _Job, ids: list[int], sampling: Sampling
-    ) -> tuple[Generated, torch.Tensor]:
+    async def _go_on(self, server: Server, job: _Job, begun: Response, sampling: Sampling) -> Response:
+        """Ask a server for all that is left of a response."""
         if job.interrupted:
-            return Generated([], torch.zeros(0), "abort", [], ""), torch.zeros(0, dtype=torch.int32)
-        left = sampling.max_new_tokens - len(ids)
+            return begun
+        left = sampling.max_new_tokens - len(begun.ids)
         before = self.version
         request_id = f"{self.run}-{uuid.uuid4().hex}"
-        input_ids = job.request.prompt_ids + ids
+        input_ids = job.request.prompt_ids + begun.ids
         body = {
             "rid": request_id,
             "input_ids": input_ids,
@@ -247,7 +243,13 @@ class SGLangEngine:
         if answer.finish == "abort" and not answer.ids and not job.interrupted:
             # Counted as a failed try: a server that does nothing else would be asked again for ever.
             raise MalformedAnswer(f"{where}: aborted before its first token, and not by this run")
-        return answer, self._versions(answer, before, where)
+        return Response(
+            begun.ids + answer.ids,
+            torch.cat([begun.logprobs, answer.logprobs_R]),
+            finished=answer.finish == "stop",
+            version_R=torch.cat([begun.version_R, self._versions(answer, before, where)]),
+            cut_off=answer.finish == "abort" and len(answer.ids) < left,
+        )
 
     def _versions(self, answer: Generated, before: int, where: str) -> torch.Tensor:
         """Step of each token's weights, int32 ``[R]``."""
@@ -278,25 +280,14 @@ class _Job:
         return f"response {self.index}"
 
 
-@dataclass
-class _Meeting:
-    """What a leader brings to a meeting of the ranks."""
-
-    finished: Finished = field(default_factory=list)
-    retries: int = 0
-    error: str | None = None
-    without_weights: list[str] = field(default_factory=list)
-
-
 class SGLangStream:
     """`RolloutStream` of an `SGLangEngine`."""
 
     def __init__(self, engine: SGLangEngine, requests: Sequence[Request], sampling: Sampling) -> None:
-        self.engine, self.count = engine, len(requests)
+        self.engine = engine
         self._left = len(requests)
         self._running: dict[Future[Response], _Job] = {}
         if engine.mesh.is_leader:
-            assert engine._background is not None
             for index, request in enumerate(requests):
                 if engine.mesh.owns(index):
                     job = _Job(index, request)
@@ -304,9 +295,7 @@ class SGLangStream:
 
     def __iter__(self) -> Iterator[Finished]:
         while self._left:
-            finished = self._meet()
-            self._left -= len(finished)
-            if finished:
+            if finished := self._meet():
                 yield finished
 
     def interrupt(self) -> Finished:
@@ -314,12 +303,11 @@ class SGLangStream:
             job.interrupted = True
         leftovers: Finished = []
         while self._left:
-            if self.engine._background is not None:
-                # Again at every meeting: a server ignores an abort that overtakes its request.
-                self.engine._background.run(_abort_jobs(list(self._running.values())))
-            finished = self._meet()
-            self._left -= len(finished)
-            leftovers += finished
+            # Again at every meeting: a server ignores an abort that overtakes its request.
+            asked = [job.asked for job in self._running.values()]
+            for abort in [self.engine._background.submit(_abort(*request)) for request in asked if request]:
+                abort.result()
+            leftovers += self._meet()
         return leftovers
 
     def _meet(self) -> Finished:
@@ -329,44 +317,34 @@ class SGLangStream:
             ServingError: the same on every rank, when a leader's servers are past helping.
         """
         engine = self.engine
-        here = self._harvest()
-        meetings = everyone(here)
-        engine.retries = sum(meeting.retries for meeting in meetings)
-        if errors := [meeting.error for meeting in meetings if meeting.error]:
-            for future in self._running:
-                future.cancel()
-            raise ServingError(errors[0])
-        without = sorted({url for meeting in meetings for url in meeting.without_weights})
-        if without:
-            engine._push(without if set(without) <= set(engine.sync_urls) else engine.sync_urls)
-        return [pair for meeting in meetings for pair in meeting.finished]
-
-    def _harvest(self) -> _Meeting:
-        meeting = _Meeting(retries=self.engine.pool.retries)
-        if not self._running:
-            return meeting
-        # A moment for those that finish close together.
-        deadline = time.monotonic() + _MEETING_S
-        wait(self._running, _MEETING_S, FIRST_COMPLETED)
-        wait(self._running, min(0.05, max(0.0, deadline - time.monotonic())))
+        mine: Finished = []
+        error: str | None = None
+        if self._running:
+            # A moment for those that finish close together.
+            deadline = time.monotonic() + _MEETING_S
+            wait(self._running, _MEETING_S, FIRST_COMPLETED)
+            wait(self._running, min(0.05, max(0.0, deadline - time.monotonic())))
+        without_weights = engine.pool.in_state(State.STALE) if self._running else []
         for future in [future for future in self._running if future.done()]:
             job = self._running.pop(future)
             try:
-                meeting.finished.append((job.index, future.result()))
-            except (ServerError, ServingError) as error:
-                meeting.error = str(error)
-        meeting.without_weights = self.engine.pool.in_state(State.STALE)
-        meeting.retries = self.engine.pool.retries
-        return meeting
+                mine.append((job.index, future.result()))
+            except (ServerError, ServingError) as failure:
+                error = str(failure)
+        finished, errors, without, retries = zip(*everyone((mine, error, without_weights, engine.pool.retries)))
+        engine.retries = sum(retries)
+        if any(errors):
+            for future in self._running:
+                future.cancel()
+            raise ServingError(next(filter(None, errors)))
+        if lacking := sorted(set(chain(*without))):
+            engine._push(lacking if set(lacking) <= set(engine.sync_urls) else engine.sync_urls)
+        together = list(chain(*finished))
+        self._left -= len(together)
+        return together
 
 
 async def _abort(server: Server, request_id: str) -> None:
-    try:
+    # Where the server is in trouble, the pool knows already; the request is sent elsewhere either way.
+    with suppress(ServerError):
         await server.post("/abort_request", {"rid": request_id}, timeout_s=5.0)
-    except ServerError:
-        # The server is in trouble already and the pool knows; the request is sent elsewhere either way.
-        return
-
-
-async def _abort_jobs(jobs: Sequence[_Job]) -> None:
-    await asyncio.gather(*(_abort(*job.asked) for job in jobs if job.asked is not None))

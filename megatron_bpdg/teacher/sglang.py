@@ -7,8 +7,9 @@ requests, `score` waits for them. What comes back per response token is K ids an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.together import everyone, on_first, wait_together
 from megatron_bpdg.serving.http.background import Background
-from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
+from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ask
 from megatron_bpdg.serving.http.pool import ServerPool, ServingError
 from megatron_bpdg.serving.sglang.answers import Scored, ask_scores
-from megatron_bpdg.serving.sglang.tokenizer import check_tokenizer
+from megatron_bpdg.serving.sglang.facts import check_tokenizer
 
 # Tokens of the text by which a teacher's servers are told apart, and how far right answers to it may be apart.
 _FINGERPRINT_TOKENS = 32
@@ -66,47 +67,43 @@ class SGLangTeacher:
         self.cfg, self.needs, self.temperature = cfg, needs, temperature
         self.vocab_size, self.mesh = vocab_size, mesh
         self.dtype = _DTYPES[cfg.payload_dtype]
-        self.is_leader = mesh.is_leader
         self.pool = ServerPool(cfg.servers, "teacher", api_key, self._is_the_same)
         # By identity; holding the trajectory keeps its identity its own.
-        self._asked: dict[int, tuple[Trajectory, Future[Scored]]] = {}
+        self._asked: dict[int, tuple[Trajectory, Future[list[Scored]], int]] = {}
         self._version: str | None = None
         generator = torch.Generator().manual_seed(0)
         self._text = torch.randint(vocab_size, (_FINGERPRINT_TOKENS + 1,), generator=generator).tolist()
         self._fingerprint_T = torch.zeros(0)
-        self._background = Background("bpdg-teacher") if self.is_leader else None
-        problem = None
-        if self._background is not None:
-            self._background.run(self.pool.open())
-            problem = self._background.run(self._compare_servers())
+        self._background = Background("bpdg-teacher")
         try:
-            _raise_everywhere(problem)
+            self._on_leaders(lambda: self._background.run(self._compare_servers()))
         except ServingError:
             self.close()
             raise
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise ValueError, on every rank, where a server's tokenizer is not this one. Collective."""
-        problem = None
-        if self._background is not None:
-            try:
-                self._background.run(self._compare_tokenizers(tokenizer))
-            except (ValueError, ServerError) as error:
-                problem = f"teacher.servers: {error}"
-        problems = [found for found in everyone(problem) if found]
-        if problems:
-            raise ValueError(problems[0])
+
+        async def compare() -> None:
+            for answer in (await self.pool.each(partial(check_tokenizer, tokenizer=tokenizer))).values():
+                if isinstance(answer, ServerError):
+                    raise answer
+
+        try:
+            self._on_leaders(lambda: self._background.run(compare()))
+        except (ValueError, ServingError) as error:
+            raise ValueError(f"teacher.servers: {error}") from error
 
     def prefetch(self, trajectories: Sequence[Trajectory]) -> None:
         """Ask for what this replica will need of these."""
-        if self._background is None:
+        if not self.mesh.is_leader:
             return
         mine = [t for t in trajectories if self.mesh.owns(t.index)]
         lengths = [len(t.prompt_ids) + len(t.response_ids) for t in mine]
         for batch in up_to(mine, lengths, self.cfg.tokens_per_request):
             answers = self._background.submit(self._score(batch))
             for position, trajectory in enumerate(batch):
-                self._asked[id(trajectory)] = trajectory, self._background.submit(_item(answers, position))
+                self._asked[id(trajectory)] = trajectory, answers, position
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Fill in the teacher fields of every trajectory, on all ranks of the last stage.
@@ -115,27 +112,37 @@ class SGLangTeacher:
             ServingError: the same on every rank, when the servers are past helping or their weights changed.
         """
         trajectories = [trajectory for batch in micro_batches for trajectory in batch]
-        problem = None
-        if self.is_leader:
-            self.prefetch([t for t in trajectories if id(t) not in self._asked])
-        wait_together([self._asked[id(t)][1] for t in trajectories] if self.is_leader else [])
-        if self.is_leader:
-            try:
-                for trajectory in trajectories:
-                    self._store(*self._asked.pop(id(trajectory)))
-            except (ServerError, ServingError) as error:
-                problem = str(error)
-        _raise_everywhere(problem)
+        self.prefetch([t for t in trajectories if id(t) not in self._asked])
+        wait_together([self._asked[id(t)][1] for t in trajectories] if self.mesh.is_leader else [])
+
+        def store() -> None:
+            for trajectory in trajectories:
+                _, answers, position = self._asked.pop(id(trajectory))
+                self._store(trajectory, answers.result()[position])
+
+        self._on_leaders(store)
         if self.mesh.is_last_stage and self.mesh.stage.size() > 1:
             self._hand_round(trajectories)
 
     def close(self) -> None:
-        if self._background is not None:
-            self._background.run(self.pool.close())
-            self._background.close()
+        self._background.run(self.pool.close())
+        self._background.close()
 
-    def _store(self, trajectory: Trajectory, answer: Future[Scored]) -> None:
-        scored = answer.result()
+    def _on_leaders(self, work: Callable[[], None]) -> None:
+        """Have every leader do a part of the work; what the first one fails at is raised on all ranks. Collective."""
+        problem: Exception | None = None
+        if self.mesh.is_leader:
+            try:
+                work()
+            except ServerError as error:
+                problem = ServingError(str(error))
+            except (ServingError, ValueError) as error:
+                problem = error
+        for found in everyone(problem):
+            if found is not None:
+                raise found
+
+    def _store(self, trajectory: Trajectory, scored: Scored) -> None:
         trajectory.teacher_logprobs_R = (scored.logprobs_R / self.temperature).to(self.dtype)
         trajectory.teacher_support_RK = scored.support_RK
         if scored.support_logprobs_RK is not None:
@@ -170,27 +177,21 @@ class SGLangTeacher:
             )
         return scored
 
-    async def _compare_tokenizers(self, tokenizer: Any) -> None:
-        for answer in (await self.pool.each(lambda server: check_tokenizer(server, tokenizer))).values():
-            if isinstance(answer, ServerError):
-                raise answer
-
     # --- which weights are served ----------------------------------------------------------------------------------
 
-    async def _compare_servers(self) -> str | None:
-        """Take the fingerprint of the teacher; what is wrong with the servers, or None."""
+    async def _compare_servers(self) -> None:
+        """Take the fingerprint of the teacher; raise ServingError unless all servers have the same."""
         found = await self.pool.each(self._fingerprint)
         if problems := [f"  {url}: {answer}" for url, answer in found.items() if isinstance(answer, ServerError)]:
-            return "teacher: not every server can be asked:\n" + "\n".join(problems)
+            raise ServingError("teacher: not every server can be asked:\n" + "\n".join(problems))
         first, *others = [(url, answer) for url, answer in found.items() if isinstance(answer, Scored)]
         self._fingerprint_T, self._version = first[1].logprobs_R, first[1].version
         for url, answer in others:
             if answer.version != self._version or self._distance(answer) > _FINGERPRINT_TOLERANCE:
-                return (
+                raise ServingError(
                     f"teacher: {first[0]} and {url} do not serve the same weights: versions {self._version!r} and "
                     f"{answer.version!r}, log-probs {self._distance(answer):.3g} nats apart on average"
                 )
-        return None
 
     async def _is_the_same(self, server: Server) -> bool:
         """Whether a server that came back serves the same teacher."""
@@ -207,29 +208,13 @@ class SGLangTeacher:
         return float((scored.logprobs_R - self._fingerprint_T).abs().mean())
 
 
-async def _item(answers: Future[list[Scored]], position: int) -> Scored:
-    return (await asyncio.wrap_future(answers))[position]
-
-
 def served_model(servers: Servers, api_key: str | None) -> Path:
     """Model path that the first server names. Collective over the world.
 
     Raises:
         ServingError: it cannot be asked.
     """
-
-    async def ask() -> Path:
-        async with Server(servers.urls[0], servers.timeout_s, api_key) as server:
-            return Path((await server.model_info())["model_path"])
-
     try:
-        return on_first(lambda: asyncio.run(ask()))
+        return Path(on_first(lambda: asyncio.run(ask(servers.urls[0], api_key, Server.model_info)))["model_path"])
     except ServerError as error:
         raise ServingError(f"teacher: {error}; start it with `bpdg serve teacher CHECKPOINT`") from error
-
-
-def _raise_everywhere(problem: str | None) -> None:
-    """Raise the first rank's problem on all ranks, so that none waits for the others. Collective over the world."""
-    for found in everyone(problem):
-        if found:
-            raise ServingError(found)

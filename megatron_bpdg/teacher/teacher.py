@@ -13,12 +13,9 @@ class Teacher(Protocol):
 
     def prefetch(self, trajectories: Sequence[Trajectory]) -> None:
         """Hear of responses that `score` will be asked about; may begin with them. Not collective."""
-        ...
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]]) -> None:
         """Fill in the teacher fields of every trajectory, on all ranks of the last stage."""
-        ...
 
     def close(self) -> None:
         """Let go of connections and threads."""
-        ...

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.policy import MegatronPolicy
 from megatron_bpdg.objectives.objective import TeacherNeeds
-from megatron_bpdg.teacher.scoring import Scores, score
+from megatron_bpdg.teacher.megatron import score
 from megatron_bpdg.training.step import StepReport
 
 
@@ -41,8 +41,7 @@ class TrainerBehaviour:
 
     def score(self, micro_batches: Sequence[Sequence[Trajectory]], version: int) -> None:
         sums = torch.zeros(3, dtype=torch.float64)
-
-        def store(trajectory: Trajectory, scores: Scores) -> None:
+        for trajectory, scores in score(self.student, micro_batches, TeacherNeeds(), self.temperature):
             trajectory.old_logprobs_R = scores["logprobs"].float()
             difference = trajectory.old_logprobs_R.double() - trajectory.sampler_logprobs_R.double()
             if trajectory.version_R is not None:
@@ -51,8 +50,6 @@ class TrainerBehaviour:
             if self.student.mesh.is_leader:
                 k3 = torch.expm1(difference) - difference
                 sums.add_(torch.stack([torch.ones_like(difference).sum(), difference.abs().sum(), k3.sum()]))
-
-        score(self.student, micro_batches, TeacherNeeds(), self.temperature, store)
         sums = sums.to(next(self.student.module.parameters()).device)
         dist.all_reduce(sums)
         count, absolute, k3 = sums.tolist()

@@ -24,7 +24,7 @@ from megatron_bpdg.models.policy import MegatronPolicy, to_batches
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.together import everyone
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
-from megatron_bpdg.teacher.scoring import score
+from megatron_bpdg.teacher.megatron import score
 from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.behaviour import Behaviour
 from megatron_bpdg.training.step import NonFiniteError, StepReport, Updater
@@ -127,6 +127,5 @@ def make_probe(student: MegatronPolicy, tolerance: float) -> Probe:
     ids: list[int] = torch.randint(shape.vocab_size, (length,), generator=generator).tolist()
     text = Trajectory(0, 0, ids[:1], ids[1:], torch.zeros(length - 1), finished=True)
     text.block_R = torch.zeros(length - 1, dtype=torch.int64)
-    heard: list[torch.Tensor] = []
-    score(student, [[text]], TeacherNeeds(), 1.0, lambda _, scores: heard.append(scores["logprobs"].float()))
+    heard = [scores["logprobs"].float() for _, scores in score(student, [[text]], TeacherNeeds(), 1.0)]
     return Probe(ids, next(found[0] for found in everyone(heard) if found), tolerance)

@@ -62,8 +62,7 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
     from megatron_bpdg.objectives.objective import TeacherNeeds
     from megatron_bpdg.parallel.head import Head
     from megatron_bpdg.parallel.world import world
-    from megatron_bpdg.teacher.megatron import MegatronTeacher
-    from megatron_bpdg.teacher.scoring import score
+    from megatron_bpdg.teacher.megatron import MegatronTeacher, score
     from megatron_bpdg.training.method import build_objective
     from megatron_bpdg.training.optimizer import build_optimizer, wrap
     from megatron_bpdg.training.step import Updater
@@ -92,7 +91,7 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
             batch = trajectories(RESPONSES, VOCAB)
             with Largest() as scoring:
                 teacher.score([batch])
-                score(student, [batch], TeacherNeeds(), 0.9, lambda _, scores: None)
+                list(score(student, [batch], TeacherNeeds(), 0.9))
             for name, section in OBJECTIVES.items():
                 objective = build_objective(TypeAdapter(ObjectiveConfig).validate_python(section))
                 updater = Updater(student, module, optimizer, objective, Gate(), 0.9)

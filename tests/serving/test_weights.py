@@ -20,7 +20,7 @@ from megatron_bpdg.serving.http.client import Server
 from megatron_bpdg.serving.sglang.answers import ask_scores
 from megatron_bpdg.serving.sglang.weights import WeightSyncError, build_weight_sync
 from megatron_bpdg.serving.sglang.weights.base import Weights
-from megatron_bpdg.teacher.scoring import score
+from megatron_bpdg.teacher.megatron import score
 from tests.integration.miniature import VOCAB, Miniature
 from tests.parallel.spawn import run_ranks
 from tests.serving.parts import Trainer, trainer
@@ -44,9 +44,8 @@ def ours(student: Trainer) -> Tensor:
     """What the trainer says about the text; collective."""
     text = Trajectory(0, 0, TEXT[:1], TEXT[1:], torch.zeros(len(TEXT) - 1), finished=True)
     text.block_R = torch.zeros(len(TEXT) - 1, dtype=torch.int64)
-    heard: list[Tensor] = []
-    score(student.policy, [[text]], TeacherNeeds(), 1.0, lambda _, scores: heard.append(scores["logprobs"]))
-    return heard[0]
+    ((_, scores),) = score(student.policy, [[text]], TeacherNeeds(), 1.0)
+    return scores["logprobs"]
 
 
 def push(

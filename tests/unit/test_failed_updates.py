@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 
-from megatron_bpdg.config.rollout import Sampling
+from megatron_bpdg.config.rollout import Sampling, WeightSync
 from megatron_bpdg.config.servers import Servers
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.rollout.engine import Probe, Request, generate
@@ -124,9 +123,8 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     try:
         for engine in engines:
             background.run(engine.start(runners))
-        update = partial(base.Update, pause="retract", timeout_s=600.0, api_key=None)
         with ExitStack() as stack:
-            yield Setup(*engines, DiskSync(tmp_path, 2, update), stack)
+            yield Setup(*engines, DiskSync(WeightSync(), tmp_path), stack)
     finally:
         for runner in runners:
             background.run(runner.cleanup())

@@ -114,7 +114,6 @@ def run(test: Callable[[Site, Site], Awaitable[None]]) -> None:
 def test_requests_share_the_servers_within_the_bound_and_each_is_answered_once() -> None:
     async def test(one: Site, two: Site) -> None:
         pool = ServerPool(limits(one.url, two.url, concurrency=3), "rollout")
-        await pool.open()
         assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(30))) == list(range(30))
         assert one.asked + two.asked == 30
         assert min(one.asked, two.asked) >= 10
@@ -136,7 +135,6 @@ def test_a_failed_request_goes_to_the_other_server(failure: Handler) -> None:
         pool = ServerPool(limits(one.url, two.url), "rollout")
         # Not the other one's, which may be slow on a busy machine.
         pool._engines[one.url].server.timeout_s = 0.5 if failure is hang else 600.0
-        await pool.open()
         assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(6))) == list(range(6))
         assert (pool.in_state(State.DOWN), pool.in_state(State.SERVING)) == ([one.url], [two.url])
         assert pool.retries == one.asked > 0
@@ -150,7 +148,6 @@ def test_a_server_that_recovers_serves_again() -> None:
     async def test(one: Site, two: Site) -> None:
         one.script = [status(500)]
         pool = ServerPool(limits(one.url), "rollout")
-        await pool.open()
         assert await pool.call(work(7), "job") == 7
         assert one.asked == 2
         assert pool.in_state(State.SERVING) == [one.url]
@@ -166,7 +163,6 @@ def test_a_restarted_server_waits_for_its_weights() -> None:
 
         one.script = [status(500)]
         pool = ServerPool(limits(one.url), "rollout", admit=admit)
-        await pool.open()
         call = asyncio.create_task(pool.call(work(7), "job"))
         while not pool.in_state(State.STALE):
             await asyncio.sleep(0.01)
@@ -187,7 +183,6 @@ def test_old_weights_cost_no_try_and_take_the_server_out() -> None:
             return server.url
 
         pool = ServerPool(limits(one.url, two.url, attempts=1), "rollout")
-        await pool.open()
         assert [await pool.call(ask, f"job {n}") for n in range(4)] == [two.url] * 4
         assert pool.in_state(State.STALE) == [one.url]
         await pool.close()
@@ -199,7 +194,6 @@ def test_the_budget_ends_the_tries_and_the_error_tells_all_of_them() -> None:
     async def test(one: Site, two: Site) -> None:
         one.script = [status(500, "first"), status(502, "second"), status(500, "third"), status(500, "fourth")]
         pool = ServerPool(limits(one.url), "rollout")
-        await pool.open()
         with pytest.raises(ServingError, match=r"rollout: job 3 failed 3 times \(rollout.servers.attempts\)") as caught:
             await pool.call(work(3), "job 3")
         for part in ("status 500: first", "status 502: second", "status 500: third", one.url):
@@ -213,7 +207,6 @@ def test_no_server_left_is_an_error_after_the_patience() -> None:
     async def test(one: Site, two: Site) -> None:
         gone = f"http://127.0.0.1:{unused_port()}"
         pool = ServerPool(limits(gone, attempts=9, recovery_s=0.3), "teacher")
-        await pool.open()
         with pytest.raises(
             ServingError, match=r"teacher: no server for job within 0.3 s \(teacher.servers.recovery_s\)"
         ) as e:
@@ -228,7 +221,6 @@ def test_a_wrong_request_is_not_sent_again() -> None:
     async def test(one: Site, two: Site) -> None:
         one.script = [status(400, "temperature must be positive")]
         pool = ServerPool(limits(one.url), "rollout")
-        await pool.open()
         with pytest.raises(RequestRefused, match="status 400: temperature must be positive"):
             await pool.call(work(0), "job")
         assert one.asked == 1
@@ -254,7 +246,6 @@ def test_a_server_that_keeps_answering_nonsense_is_taken_out() -> None:
         one.healthy = False
         one.script = [status(200, "<html>"), status(200, "{}"), status(200, "[1")] * 5
         pool = ServerPool(limits(one.url, two.url, attempts=9), "rollout")
-        await pool.open()
         assert await asyncio.gather(*(pool.call(work(n), f"job {n}") for n in range(20))) == list(range(20))
         assert pool.in_state(State.DOWN) == [one.url]
         await pool.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_bpdg.config.rollout import WeightSync
 from megatron_bpdg.serving.sglang.weights import tensor as by_memory
 from megatron_bpdg.serving.sglang.weights.base import buckets
 from megatron_bpdg.serving.sglang.weights.distributed import _address
@@ -48,7 +50,7 @@ def test_each_rank_of_each_engine_gets_a_handle_of_its_own(monkeypatch: pytest.M
         def post(self, path: str, body: Any) -> None:
             sent.update({url: len(body(url)["serialized_named_tensors"]) for url in ("one", "two")})
 
-    sync = by_memory.TensorSync(10**6, pytest.fail)
+    sync = by_memory.TensorSync(WeightSync(), Path())
     sync._send([("w", torch.ones(3))], "v", Calls(), {"one": range(2), "two": range(2, 5)})  # type: ignore[arg-type]
     assert sent == {"one": 2, "two": 3}
 

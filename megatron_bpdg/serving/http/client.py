@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Self, TypeVar
 
 import aiohttp
+
+Answer = TypeVar("Answer")
 
 _CONNECT_S = 10.0
 # Request timeout, too many requests: of routers; the request itself is right.
@@ -30,7 +34,7 @@ class RequestRefused(ServerError):
 
 
 class Server:
-    """JSON calls to one server. Use as an async context manager, inside one event loop.
+    """JSON calls to one server, inside one event loop. Leaving its context closes the connections.
 
     Args:
         url: such as ``http://host:30000``.
@@ -44,9 +48,7 @@ class Server:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> Server:
-        # The callers bound how much is in flight; a second bound here would only hide in queueing time.
-        self._session = aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(limit=0))
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -98,7 +100,9 @@ class Server:
         return str((await self.model_info())["weight_version"])
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
-        assert self._session is not None, "Server used outside its context"
+        if self._session is None:
+            # The callers bound how much is in flight; a second bound here would only hide in queueing time.
+            self._session = aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(limit=0))
         where = f"{method} {self.url}{path}"
         limit = aiohttp.ClientTimeout(total=timeout_s or self.timeout_s, sock_connect=_CONNECT_S)
         try:
@@ -129,6 +133,33 @@ def _parsed(content: bytes, where: str) -> Any:
     except ValueError as error:
         text = content[:200].decode(errors="replace")
         raise MalformedAnswer(f"{where}: the answer is not JSON ({error}): {text!r}") from error
+
+
+async def ask(
+    url: str, api_key: str | None, question: Callable[[Server], Awaitable[Answer]], timeout_s: float = 30.0
+) -> Answer:
+    """What one server says.
+
+    Raises:
+        ServerError: it cannot be asked.
+    """
+    async with Server(url, timeout_s, api_key) as server:
+        return await question(server)
+
+
+async def ask_each(
+    urls: Iterable[str], api_key: str | None, question: Callable[[Server], Awaitable[Answer]], timeout_s: float = 30.0
+) -> dict[str, Answer | ServerError]:
+    """What each server says, or how it failed. All are asked at once."""
+
+    async def one(url: str) -> Answer | ServerError:
+        try:
+            return await ask(url, api_key, question, timeout_s)
+        except ServerError as error:
+            return error
+
+    urls = list(urls)
+    return dict(zip(urls, await asyncio.gather(*map(one, urls))))
 
 
 def api_key(variable: str | None, where: str) -> str | None:

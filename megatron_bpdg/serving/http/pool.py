@@ -11,13 +11,11 @@ import asyncio
 import enum
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 from megatron_bpdg.config.servers import Servers
-from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError, ServerUnavailable
-
-Answer = TypeVar("Answer")
+from megatron_bpdg.serving.http.client import Answer, MalformedAnswer, Server, ServerError, ServerUnavailable, ask_each
 
 LONGEST_PAUSE_S = 30.0
 _LONGEST_WATCH_S = 5.0
@@ -67,9 +65,8 @@ class ServerPool:
         api_key: str | None = None,
         admit: Callable[[Server], Awaitable[bool]] | None = None,
     ) -> None:
-        self.limits = servers
-        self.role = role
-        self._admit = admit
+        self.limits, self.role = servers, role
+        self._api_key, self._admit = api_key, admit
         self._engines = {
             url: _Engine(Server(url, servers.timeout_s, api_key)) for url in (u.rstrip("/") for u in servers.urls)
         }
@@ -85,17 +82,6 @@ class ServerPool:
         """URLs of the servers that are in this state now."""
         return [url for url, engine in self._engines.items() if engine.state is state]
 
-    def describe(self) -> str:
-        """One line per server: state and last error."""
-        return "\n".join(
-            f"  {url}: {engine.state.value}{f' ({engine.error})' if engine.error else ''}"
-            for url, engine in self._engines.items()
-        )
-
-    async def open(self) -> None:
-        for engine in self._engines.values():
-            await engine.server.__aenter__()
-
     async def close(self) -> None:
         for engine in self._engines.values():
             if engine.watch is not None:
@@ -104,13 +90,7 @@ class ServerPool:
 
     async def each(self, ask: Callable[[Server], Awaitable[Answer]]) -> dict[str, Answer | ServerError]:
         """What every server says, or how it failed, whatever its state."""
-        answers = await asyncio.gather(*(ask(e.server) for e in self._engines.values()), return_exceptions=True)
-        result: dict[str, Answer | ServerError] = {}
-        for url, answer in zip(self._engines, answers):
-            if isinstance(answer, BaseException) and not isinstance(answer, ServerError):
-                raise answer
-            result[url] = answer
-        return result
+        return await ask_each(self.urls, self._api_key, ask, self.limits.timeout_s)
 
     async def set_states(self, states: Mapping[str, State], errors: Mapping[str, str] | None = None) -> None:
         """Put servers into states from outside, after a weight update for instance."""
@@ -142,7 +122,9 @@ class ServerPool:
                 continue
             except (ServerUnavailable, MalformedAnswer) as error:
                 failures.append(str(error))
-                await self._failed(engine, error)
+                engine.bad_answers += 1
+                if isinstance(error, ServerUnavailable) or engine.bad_answers >= _BAD_ANSWERS:
+                    await self._report(engine, State.DOWN, str(error))
             else:
                 engine.bad_answers = 0
                 return answer
@@ -161,37 +143,30 @@ class ServerPool:
         """The least busy serving server, as soon as one has room."""
         async with self._changed:
             while True:
-                free = [
-                    e
-                    for e in self._engines.values()
-                    if e.state is State.SERVING and e.in_flight < self.limits.concurrency
-                ]
-                if free:
-                    engine = min(free, key=lambda e: e.in_flight)
+                serving = [engine for engine in self._engines.values() if engine.state is State.SERVING]
+                engine = min(serving, key=lambda engine: engine.in_flight, default=None)
+                if engine is not None and engine.in_flight < self.limits.concurrency:
                     engine.in_flight += 1
                     return engine
                 patience = None
                 if self._none_since is not None:
                     patience = self._none_since + self.limits.recovery_s - time.monotonic()
                     if patience <= 0:
+                        states = "\n".join(
+                            f"  {url}: {engine.state.value}{f' ({engine.error})' if engine.error else ''}"
+                            for url, engine in self._engines.items()
+                        )
                         raise ServingError(
                             f"{self.role}: no server for {what} within {self.limits.recovery_s:g} s "
-                            f"({self.role}.servers.recovery_s):\n{self.describe()}"
+                            f"({self.role}.servers.recovery_s):\n{states}"
                         )
-                try:
+                with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), patience)
-                except TimeoutError:
-                    continue
 
     async def _release(self, engine: _Engine) -> None:
         async with self._changed:
             engine.in_flight -= 1
             self._changed.notify()
-
-    async def _failed(self, engine: _Engine, error: ServerError) -> None:
-        engine.bad_answers += 1
-        if isinstance(error, ServerUnavailable) or engine.bad_answers >= _BAD_ANSWERS:
-            await self._report(engine, State.DOWN, str(error))
 
     async def _report(self, engine: _Engine, state: State, error: str) -> None:
         async with self._changed:

@@ -11,8 +11,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -22,9 +22,8 @@ from megatron_bpdg.serving.http.client import Server
 
 _TAIL_LINES = 20
 _POLL_S = 0.5
+_REPORT_S = 15.0
 _PR_SET_PDEATHSIG = 1
-
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class ServerDied(RuntimeError):
     """The server ended by itself, or did not become healthy in time; the message quotes the end of its log."""
 
 
+@dataclass
 class RunningServer:
     """One server with its scheduler and detokenizer, in a process group of their own.
 
@@ -60,25 +60,17 @@ class RunningServer:
         log: file that its output is appended to.
         deadline_s: seconds that it has to become healthy.
         grace_s: seconds that it has to stop before it is killed.
-        progress: told the seconds and the last line of the log while waiting for it.
+        progress: told now and then the seconds and the last line of the log while waiting for it.
     """
 
-    def __init__(
-        self,
-        command: Command,
-        log: Path,
-        *,
-        deadline_s: float = 1800.0,
-        grace_s: float = 30.0,
-        progress: Progress | None = None,
-    ) -> None:
-        self.command = command
-        self.log = log
-        self.deadline_s = deadline_s
-        self.grace_s = grace_s
-        self._progress = progress or (lambda seconds, line: None)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log_start = 0
+    command: Command
+    log: Path
+    _: KW_ONLY
+    deadline_s: float = 1800.0
+    grace_s: float = 30.0
+    progress: Callable[[float, str], None] = lambda seconds, line: None
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _log_start: int = field(default=0, init=False)
 
     @property
     def url(self) -> str:
@@ -141,8 +133,7 @@ class RunningServer:
         if self._process is None:
             return
         try:
-            self._send(signal.SIGTERM)
-            self._wait_until_gone()
+            self._end(signal.SIGTERM)
         finally:
             self.kill()
 
@@ -150,14 +141,14 @@ class RunningServer:
         """Kill all its processes; returns when they are gone."""
         if self._process is None:
             return
-        self._send(signal.SIGKILL)
+        self._end(signal.SIGKILL)
         self._process.wait()
-        self._wait_until_gone()
         self._process = None
 
     async def _wait_until_healthy(self) -> None:
         assert self._process is not None
         started = time.monotonic()
+        reported = 0.0
         async with Server(self.url, timeout_s=10.0) as server:
             while not await server.healthy():
                 if self._process.poll() is not None:
@@ -165,7 +156,9 @@ class RunningServer:
                 seconds = time.monotonic() - started
                 if seconds > self.deadline_s:
                     raise ServerDied(f"the server is not healthy after {self.deadline_s:g} s; {self._log_end()}")
-                self._progress(seconds, next(reversed(self._tail()), ""))
+                if seconds - reported >= _REPORT_S:
+                    reported = seconds
+                    self.progress(seconds, next(reversed(self._tail()), ""))
                 await asyncio.sleep(_POLL_S)
         if self._process.poll() is not None:
             raise self._died()
@@ -189,18 +182,14 @@ class RunningServer:
             text = log.read().decode(errors="replace")
         return [line[:300] for line in text.splitlines() if line.strip()][-lines:]
 
-    def _send(self, number: signal.Signals) -> None:
-        try:
-            os.killpg(self.pid, number)
-        except ProcessLookupError:
-            return
-
-    def _wait_until_gone(self) -> None:
-        """Return when no process of the group runs any more, or the grace period is over.
+    def _end(self, number: signal.Signals) -> None:
+        """Send a signal; return when no process of the group runs any more, or the grace period is over.
 
         The group is looked for once, after the signal. What a process that heard SIGTERM still started is not among
         it, but SIGKILL, which ends every stop, leaves none the time to.
         """
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
         group = [process for process in psutil.process_iter() if _group_of(process.pid) == self.pid]
         deadline = time.monotonic() + self.grace_s
         while any(map(_runs, group)) and time.monotonic() < deadline:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from megatron_bpdg.config.servers import Servers
-from megatron_bpdg.serving.http.client import Server, ServerError
+from megatron_bpdg.serving.http.client import Server, ask_each
 
 _POLL_S = 1.0
 _REPORT_S = 15.0
@@ -41,34 +40,20 @@ async def wait_until_ready(
             return
         if now - reported >= _REPORT_S:
             reported = now
-            console.print(
-                escape(
-                    f"waiting for {role} server {', '.join(missing)}: {now - started:.0f} of {servers.recovery_s:g} s "
-                    f"({role}.servers.recovery_s)"
-                ),
-                soft_wrap=True,
-                highlight=False,
+            line = (
+                f"waiting for {role} server {', '.join(missing)}: {now - started:.0f} of {servers.recovery_s:g} s "
+                f"({role}.servers.recovery_s)"
             )
+            console.print(Text(line), soft_wrap=True)
         await asyncio.sleep(_POLL_S)
 
 
 async def healthy(urls: Iterable[str], api_key: str | None) -> set[str]:
     """Those that can generate now."""
-
-    async def ask(url: str) -> str | None:
-        async with Server(url, timeout_s=10.0, api_key=api_key) as server:
-            return url if await server.healthy() else None
-
-    return {url for url in await asyncio.gather(*(ask(url) for url in urls)) if url is not None}
+    return {url for url, found in (await ask_each(urls, api_key, Server.healthy)).items() if found is True}
 
 
 async def resume(urls: Iterable[str], api_key: str | None) -> None:
     """Let engines go on that are paused; to others, or those that are not there, nothing happens."""
-
-    async def ask(url: str) -> None:
-        async with Server(url, timeout_s=10.0, api_key=api_key) as server:
-            # What does not hear it is not healthy either, and treated as such.
-            with suppress(ServerError):
-                await server.post("/continue_generation", {})
-
-    await asyncio.gather(*(ask(url) for url in urls))
+    # What does not hear it is not healthy either, and treated as such.
+    await ask_each(urls, api_key, lambda server: server.post("/continue_generation", {}), 10.0)

@@ -10,11 +10,11 @@ import base64
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import AliasPath, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AliasGenerator, AliasPath, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from megatron_bpdg.serving.http.client import MalformedAnswer, Server, ServerError
@@ -79,7 +79,9 @@ class _Sampled(BaseModel, strict=True):
     spans: list[_Span] | None = Field(None, validation_alias=AliasPath("meta_info", "weight_versions"))
 
 
-class _Given(BaseModel, strict=True):
+class _Given(
+    BaseModel, strict=True, alias_generator=AliasGenerator(validation_alias=lambda name: AliasPath("meta_info", name))
+):
     input_token_logprobs: _Pairs
     weight_version: str
 
@@ -93,14 +95,7 @@ class _GivenAndTop(_Given):
     input_top_logprobs_val_flat_b64_dtype: Literal["float32"]
 
 
-_Meta = TypeVar("_Meta", bound=_Given)
-
-
-class _Item(BaseModel, Generic[_Meta]):
-    meta_info: _Meta
-
-
-_PLAIN, _WITH_TOP = TypeAdapter(list[_Item[_Given]]), TypeAdapter(list[_Item[_GivenAndTop]])
+_PLAIN, _WITH_TOP = TypeAdapter(list[_Given]), TypeAdapter(list[_GivenAndTop])
 
 
 def read_generated(content: bytes, *, prompt: int, max_new_tokens: int, vocab_size: int, where: str) -> Generated:
@@ -174,15 +169,14 @@ def read_scored(content: bytes, texts: Sequence[list[int]], *, top_k: int, vocab
         MalformedAnswer: what is missing, or does not fit what was asked for.
     """
     with _refusing(where):
-        batch = _WITH_TOP if top_k else _PLAIN
-        metas = [item.meta_info for item in batch.validate_json(content)]
-        if len(metas) != len(texts):
-            raise ValueError(f"{len(metas)} answers, expected {len(texts)}")
-        return [_scored(meta, ids, top_k, vocab_size) for meta, ids in zip(metas, texts)]
+        answers = (_WITH_TOP if top_k else _PLAIN).validate_json(content)
+        if len(answers) != len(texts):
+            raise ValueError(f"{len(answers)} answers, expected {len(texts)}")
+        return [_scored(answer, ids, top_k, vocab_size) for answer, ids in zip(answers, texts)]
 
 
-def _scored(meta: _Given, ids: list[int], top_k: int, vocab_size: int) -> Scored:
-    pairs = meta.input_token_logprobs
+def _scored(answer: _Given, ids: list[int], top_k: int, vocab_size: int) -> Scored:
+    pairs = answer.input_token_logprobs
     if len(pairs) != len(ids) + 1:
         raise ValueError(
             f"{len(pairs) - 1} log-probs for {len(ids)} tokens: the server cut or did not see the whole text"
@@ -190,16 +184,16 @@ def _scored(meta: _Given, ids: list[int], top_k: int, vocab_size: int) -> Scored
     # The first entry belongs to the token before the response and has no value.
     # SGLang 0.5.23 names the last id of the vocabulary 0 here, and gives its log-prob all the same.
     logprobs_R = _logprobs(pairs[1:], ids, zero=vocab_size - 1)
-    if not isinstance(meta, _GivenAndTop):
-        return Scored(logprobs_R, None, None, meta.weight_version)
-    if meta.input_top_logprobs_shape != [len(ids), top_k]:
-        raise ValueError(f"top log-probs of shape {meta.input_top_logprobs_shape}, expected [{len(ids)}, {top_k}]")
-    support_RK = _array(meta.input_top_logprobs_idx_flat_b64, "int32", len(ids), top_k)
-    support_logprobs_RK = _array(meta.input_top_logprobs_val_flat_b64, "float32", len(ids), top_k)
+    if not isinstance(answer, _GivenAndTop):
+        return Scored(logprobs_R, None, None, answer.weight_version)
+    if answer.input_top_logprobs_shape != [len(ids), top_k]:
+        raise ValueError(f"top log-probs of shape {answer.input_top_logprobs_shape}, expected [{len(ids)}, {top_k}]")
+    support_RK = _array(answer.input_top_logprobs_idx_flat_b64, "int32", len(ids), top_k)
+    support_logprobs_RK = _array(answer.input_top_logprobs_val_flat_b64, "float32", len(ids), top_k)
     if not bool(support_logprobs_RK.isfinite().all()):
         raise ValueError("a top log-prob is not finite")
     _check_ids([int(support_RK.min()), int(support_RK.max())], vocab_size)
-    return Scored(logprobs_R, support_RK, support_logprobs_RK, meta.weight_version)
+    return Scored(logprobs_R, support_RK, support_logprobs_RK, answer.weight_version)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What starts an SGLang server for a role: its Python, its checkpoint as an HF directory, its command line."""
+"""`bpdg serve`: an SGLang server's Python, its checkpoint as an HF directory, its command line, and its run."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shlex
@@ -14,10 +15,13 @@ from typing import Any, ClassVar
 
 from packaging.version import Version
 from rich.console import Console
+from rich.text import Text
 
 from megatron_bpdg.checkpoint.convert import Options, megatron_to_hf
 from megatron_bpdg.checkpoint.source import DTYPES, is_megatron, open_megatron
-from megatron_bpdg.serving.http.process import Command
+from megatron_bpdg.serving.http.client import ask
+from megatron_bpdg.serving.http.process import Command, RunningServer
+from megatron_bpdg.serving.sglang.facts import server_facts
 from megatron_bpdg.serving.sglang.role import Device, Role
 from megatron_bpdg.tracking.files import write_text
 
@@ -47,9 +51,7 @@ class ServerCommand(Command):
     """How to start an SGLang server.
 
     Attributes:
-        model: HF directory.
-        dtype: of its weights and arithmetic.
-        vocab_size: rows of its output layer.
+        vocab_size: rows of the model's output layer.
         Others: see `Command`.
     """
 
@@ -59,8 +61,6 @@ class ServerCommand(Command):
         "not enough memory": "out of memory: a smaller --mem-fraction-static, or a larger --tp",
         "unrecognized arguments": "a flag after `--` is none of SGLang's",
     }
-    model: Path
-    dtype: str
     vocab_size: int
 
     @property
@@ -91,9 +91,8 @@ def server_command(
     dtype: str | None = None,
     context_length: int | None = None,
     extra: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
 ) -> ServerCommand:
-    """The command that serves a model.
+    """The command that serves a model. Variables that this process's environment has already keep their values.
 
     Args:
         model: HF directory with weights and tokenizer.
@@ -106,20 +105,27 @@ def server_command(
             turn float32 into float16.
         context_length: longest prompt and response together, in tokens; None: the model's.
         extra: more flags of SGLang. They replace those chosen here.
-        environ: the caller's environment, whose values of the variables in question stay; None: this process's.
 
     Raises:
         FileNotFoundError: `model` has no config.json.
         ValueError: no tokenizer, no dtype, or an extra flag that is an option of `bpdg serve`.
     """
-    config = _read_config(model)
+    config, text = _read_config(model)
     if not any((model / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(f"{model} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); the server needs the student's")
-    dtype = dtype or _config_dtype(config, model)
+    if not dtype:
+        named = (part.get(name) for part in (config, text) for name in ("dtype", "torch_dtype"))
+        dtype = str(next(filter(None, named), "")).removeprefix("torch.")
+        if not dtype:
+            raise ValueError(f"{model}/config.json names no dtype; pass --dtype, one of {', '.join(DTYPES)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
-    _check_extra(extra)
-    vocab_size = int(_text_config(config)["vocab_size"])
+    for flag in extra:
+        if option := _OWN_FLAGS.get(flag.split("=")[0]):
+            raise ValueError(f"{flag} after `--`: bpdg serve has {option} for it, before the `--`")
+    if extra and not extra[0].startswith("-"):
+        raise ValueError(f"{extra[0]!r} is no flag of SGLang; only its flags follow the checkpoint, after `--`")
+    vocab_size = int(text["vocab_size"])
     flags: dict[str, str | None] = {
         "--model-path": str(model.absolute()),
         "--host": host,
@@ -143,9 +149,7 @@ def server_command(
             "--grammar-backend": "none",
             "--mem-fraction-static": "0.3",
             # Without it, the cache takes its share of all the memory that is free; one whole request always fits.
-            "--max-total-tokens": str(
-                max(16384, context_length or _text_config(config).get("max_position_embeddings", 0))
-            ),
+            "--max-total-tokens": str(max(16384, context_length or text.get("max_position_embeddings", 0))),
             "--max-running-requests": "64",
             # It polls at full speed otherwise, on cores that the trainer wants.
             "--sleep-on-idle": None,
@@ -155,9 +159,8 @@ def server_command(
     given = {flag.split("=")[0] for flag in extra if flag.startswith("--")}
     arguments = [part for flag, value in flags.items() if flag not in given for part in (flag, value) if part]
     argv = (python, "-m", "sglang.launch_server", *arguments, *extra)
-    caller = os.environ if environ is None else environ
-    env = {name: caller.get(name, value) for name, value in env.items()}
-    return ServerCommand(argv, env, host, port, model.absolute(), dtype, vocab_size)
+    env = {name: os.environ.get(name, value) for name, value in env.items()}
+    return ServerCommand(argv, env, host, port, vocab_size)
 
 
 def find_python(given: Path | None) -> str:
@@ -167,33 +170,25 @@ def find_python(given: Path | None) -> str:
         ValueError: the one that is named does not work, has no sglang or one that is too old, or there is none.
     """
     name = os.environ.get(PYTHON_VARIABLE)
-    candidate, source = (given, "--python") if given or not name else (Path(name), PYTHON_VARIABLE)
-    remedy = "tools/install_sglang_cpu.sh DIR makes a CPU installation, pip install 'megatron-bpdg[sglang]' a GPU one"
-    if candidate is None:
-        found = _sglang_version(sys.executable)
-        if found is None:
-            raise ValueError(
-                f"this Python ({sys.executable}) has no sglang; name one that has, with --python or "
-                f"{PYTHON_VARIABLE}. {remedy}"
-            )
-        candidate, source = Path(sys.executable), "this Python"
-    elif not os.access(candidate, os.X_OK) or candidate.is_dir():
-        raise ValueError(f"{source}: {candidate} is no program; give an interpreter, such as .venv-sglang/bin/python")
+    named = given or (Path(name) if name else None)
+    if named is not None:
+        python, source = named, "--python" if given else PYTHON_VARIABLE
+        missing = f"{source}: {python} has no sglang"
     else:
-        found = _sglang_version(str(candidate))
-        if found is None:
-            raise ValueError(f"{source}: {candidate} has no sglang. {remedy}")
+        python, source = Path(sys.executable), "this Python"
+        missing = f"{source} ({python}) has no sglang; name one that has, with --python or {PYTHON_VARIABLE}"
+    if not os.access(python, os.X_OK) or python.is_dir():
+        raise ValueError(f"{source}: {python} is no program; give an interpreter, such as .venv-sglang/bin/python")
+    found = _sglang_version(str(python))
+    if found is None:
+        raise ValueError(
+            f"{missing}. tools/install_sglang_cpu.sh DIR makes a CPU installation, "
+            "pip install 'megatron-bpdg[sglang]' a GPU one"
+        )
     if Version(found) < MIN_SGLANG:
-        raise ValueError(f"{source}: {candidate} has sglang {found}; {MIN_SGLANG} or newer is needed")
+        raise ValueError(f"{source}: {python} has sglang {found}; {MIN_SGLANG} or newer is needed")
     # Not resolved: a virtual environment is known by the name of its link.
-    return str(candidate.absolute())
-
-
-def default_device() -> Device:
-    """CUDA where this machine has such a device."""
-    import torch
-
-    return Device.CUDA if torch.cuda.is_available() else Device.CPU
+    return str(python.absolute())
 
 
 def as_hf(checkpoint: Path, export: Path | None, console: Console) -> Path:
@@ -234,40 +229,51 @@ def as_hf(checkpoint: Path, export: Path | None, console: Console) -> Path:
     return export
 
 
-def _read_config(model: Path) -> dict[str, Any]:
-    """config.json as it is: SGLang serves more families than the trainer knows."""
+def serve(command: ServerCommand, log: Path, deadline_s: float, console: Console) -> None:
+    """Run a server until a signal interrupts or it ends; its facts are printed once it is healthy.
+
+    Args:
+        log: its output.
+        deadline_s: seconds that it has to become healthy.
+
+    Raises:
+        ServerDied: the server ended by itself.
+    """
+
+    def report(seconds: float, line: str) -> None:
+        console.print(Text(f"starting for {seconds:.0f} s: {line}"), soft_wrap=True)
+
+    console.print(f"log: {log}", soft_wrap=True)
+    with RunningServer(command, log, deadline_s=deadline_s, progress=report) as server:
+        facts = asyncio.run(ask(server.url, command.api_key, server_facts))
+        console.print(
+            f"ready: {server.url} serves {facts.model}, {facts.dtype}, vocabulary {command.vocab_size}, context "
+            f"{facts.context_length}, weights {facts.weight_version!r}, SGLang {facts.sglang}; Ctrl-C stops it",
+            soft_wrap=True,
+            highlight=False,
+        )
+        server.wait()
+
+
+def _read_config(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json as it is, as SGLang serves more families than the trainer knows; and the part about the text model.
+
+    They are the same but for models that also read images.
+    """
     file = model / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: expected an HF model directory with a config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        _text_config(config)["vocab_size"]
+        text = config.get("text_config", config)
+        text["vocab_size"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is no model's config: {type(error).__name__}: {error}") from error
-    return dict(config)
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    return dict(config.get("text_config", config))
-
-
-def _config_dtype(config: dict[str, Any], model: Path) -> str:
-    for part in (config, _text_config(config)):
-        if dtype := part.get("dtype") or part.get("torch_dtype"):
-            return str(dtype).removeprefix("torch.")
-    raise ValueError(f"{model}/config.json names no dtype; pass --dtype, one of {', '.join(DTYPES)}")
-
-
-def _check_extra(extra: Sequence[str]) -> None:
-    for flag in extra:
-        if option := _OWN_FLAGS.get(flag.split("=")[0]):
-            raise ValueError(f"{flag} after `--`: bpdg serve has {option} for it, before the `--`")
-    if extra and not extra[0].startswith("-"):
-        raise ValueError(f"{extra[0]!r} is no flag of SGLang; only its flags follow the checkpoint, after `--`")
+    return config, text
 
 
 def _sglang_version(python: str) -> str | None:
     """Version that an interpreter has, without importing it, which takes long."""
-    ask = "from importlib.metadata import version; print(version('sglang'))"
-    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    program = "from importlib.metadata import version; print(version('sglang'))"
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -9,43 +9,57 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_bpdg.serving.sglang.weights.base import Bucket, NewUpdate, Update, Weights, buckets, share_outcome
+from megatron_bpdg.config.rollout import WeightSync as WeightSyncConfig
+from megatron_bpdg.serving.sglang.weights.base import (
+    Bucket,
+    Update,
+    Weights,
+    WeightSync,
+    buckets,
+    raise_failed,
+)
 
 
-class TensorSync:
+class TensorSync(WeightSync):
     """`WeightSync` of colocated engines: handles of tensors go over HTTP, the tensors stay where they are.
 
     On GPUs a handle (CUDA IPC) can be opened only on its own device: the engines must be given in the order of the
     trainer's ranks, an engine of tensor-parallel size t standing on the devices of t consecutive ranks. On CPU any
     engine can open rank 0's.
 
-    Args:
-        bucket_bytes: sent at once.
-        update: begins an `Update` of some servers.
-
     Raises:
         ValueError: handles of GPU memory cannot be made here.
     """
 
-    def __init__(self, bucket_bytes: int, update: NewUpdate) -> None:
+    def __init__(self, cfg: WeightSyncConfig, output: Path, api_key: str | None = None) -> None:
+        super().__init__(cfg, output, api_key)
         if torch.cuda.is_available() and importlib.util.find_spec("sglang") is None:
             raise ValueError(
                 "rollout.weight_sync.method: tensor makes handles of GPU memory with SGLang's own code, and the "
                 "trainer's environment has no sglang: install it there too, or use distributed or disk"
             )
-        self.bucket_bytes, self.update = bucket_bytes, update
 
     def push(self, weights: Weights, version: str, urls: Sequence[str]) -> None:
         failed: dict[str, str] = {}
         if dist.get_rank() == 0:
             with self.update(urls) as update:
-                ranks = self._ranks_of_engines(update)
+                # Which payloads each engine's tensor-parallel ranks get, in order.
+                ranks = update.places(0)
+                devices = sum(map(len, ranks.values()))
+                if torch.cuda.is_available() and devices > dist.get_world_size():
+                    for url in update.urls:
+                        update.failed[url] = (
+                            f"the engines have {devices} devices, the trainer {dist.get_world_size()} ranks: "
+                            "rollout.weight_sync.method: tensor is for engines on the trainer's own devices; use "
+                            "distributed"
+                        )
                 update.begin()
                 self._send(weights, version, update, ranks)
                 update.end()
@@ -53,14 +67,11 @@ class TensorSync:
             failed = update.failed
         else:
             self._send(weights, version, None, {})
-        share_outcome(failed)
-
-    def close(self) -> None:
-        """Nothing is held between updates."""
+        raise_failed(failed)
 
     def _send(self, weights: Weights, version: str, update: Update | None, ranks: dict[str, range]) -> None:
         with _shared_by_name():
-            for bucket, last in buckets(weights, self.bucket_bytes):
+            for bucket, last in buckets(weights, self.cfg.bucket_mb * 10**6):
                 payloads = _payloads(bucket, sum(map(len, ranks.values())))
                 if update is None:
                     # Peers keep their bucket until rank 0 has heard that it was read.
@@ -77,18 +88,6 @@ class TensorSync:
                 update.post("/update_weights_from_tensor", body)
                 if dist.get_world_size() > 1:
                     dist.barrier()
-
-    def _ranks_of_engines(self, update: Update) -> dict[str, range]:
-        """Which payloads each engine's tensor-parallel ranks get, in order."""
-        ranks = update.places(0)
-        devices = sum(map(len, ranks.values()))
-        if torch.cuda.is_available() and devices > dist.get_world_size():
-            for url in update.urls:
-                update.failed[url] = (
-                    f"the engines have {devices} devices, the trainer {dist.get_world_size()} ranks: "
-                    "rollout.weight_sync.method: tensor is for engines on the trainer's own devices; use distributed"
-                )
-        return ranks
 
 
 def _payloads(bucket: Bucket, receivers: int) -> Any:
