@@ -21,6 +21,7 @@ from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.teacher import Teacher as TeacherConfig
 from megatron_bpdg.config.training import Training
 from megatron_bpdg.config.weights import GateConfig
+from megatron_bpdg.data.end_tokens import end_ids
 from megatron_bpdg.data.graders import get_grader
 from megatron_bpdg.data.prompts import (
     BOXED_SUFFIX,
@@ -29,7 +30,6 @@ from megatron_bpdg.data.prompts import (
     encode_prompts,
     load_problems,
     load_sft,
-    special_ids,
 )
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.hf_config import read_hf_config
@@ -88,6 +88,12 @@ def build_run(cfg: RunConfig) -> Run:
         teacher_folder = _folder(source, "teacher.checkpoint")
         teacher_shape = run.teacher_shape = ModelShape.from_hf(read_hf_config(teacher_folder))
         check_same_vocabulary(run.student.shape, run.tokenizer, teacher_shape, teacher_folder)
+        ends, teachers = (end_ids(f, run.tokenizer, f.name) for f in (run.hf_folder, teacher_folder))
+        if ends != teachers:
+            run.warnings.append(
+                f"the student's responses end at the ids {_listed(ends)}, the teacher's at {_listed(teachers)} "
+                "(eos_token_id of config.json and generation_config.json): one goes on where the other has ended"
+            )
         if needs.top_k > teacher_shape.vocab_size:
             raise ValueError(f"objective.top_k = {needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
         run._teacher = build_teacher(cfg, needs, run.student, run.tokenizer, source, teacher_shape)
@@ -209,6 +215,10 @@ def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None =
     )
 
 
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))
+
+
 def _folder(checkpoint: Path, field_name: str) -> Path:
     """`hf_folder`, naming the config field where there is none."""
     try:
@@ -310,10 +320,10 @@ def build_teacher(
 
 def build_engine(cfg: RunConfig, folder: Path, student: MegatronPolicy, tokenizer: Any) -> RolloutEngine:
     """The rollout engine that the config names."""
+    ends = end_ids(folder, tokenizer, "student")
     if cfg.rollout.engine == "embedded":
-        eos_id, pad_id = special_ids(tokenizer, "student.tokenizer")
         dtype = DTYPES[cfg.student.dtype]
-        return EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=cfg.rollout.batch_size, dtype=dtype)
+        return EmbeddedEngine(folder, end_ids=ends, batch_size=cfg.rollout.batch_size, dtype=dtype)
     assert cfg.rollout.servers is not None
     key = api_key(cfg.rollout.servers.api_key_env, "rollout.servers.api_key_env")
     return SGLangEngine(
@@ -322,5 +332,6 @@ def build_engine(cfg: RunConfig, folder: Path, student: MegatronPolicy, tokenize
         sync_urls=cfg.rollout.weight_sync.urls,
         mesh=student.mesh,
         vocab_size=student.shape.vocab_size,
+        end_ids=ends,
         api_key=key,
     )

@@ -53,6 +53,8 @@ class Recorder:
             self.metrics.log(0, {f"model/{role}_parameters": shape.num_parameters for role, shape in shapes.items()})
             self.samples = self._exits.enter_context((output / "samples.jsonl").open("a"))
             self.progress = self._exits.enter_context(TrainingProgress(self.cfg.training.steps, output.name))
+            for text in self.run.warnings:
+                self.progress.note(f"warning: {text}")
             for name, prompts in {"train": self.run.prompts, **self.run.benchmarks}.items():
                 if prompts.dropped or prompts.truncated:
                     self.progress.note(

@@ -53,6 +53,8 @@ class Run:
     engine: RolloutEngine
     prompts: Prompts = field(default_factory=Prompts)
     benchmarks: dict[str, Prompts] = field(default_factory=dict)
+    # What the user should know, though the run goes on.
+    warnings: list[str] = field(default_factory=list)
     teacher_shape: ModelShape | None = None
     _teacher: Teacher | None = None
 
