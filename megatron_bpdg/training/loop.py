@@ -53,13 +53,16 @@ def distill(cfg: RunConfig) -> None:
 
                 with clock("update"), run.saving_on_failure(step):
                     reports = [(update.epoch, run.update(update.micro_batches)) for update in updates]
+                mismatch = run.behaviour.mismatch(reports[0][1])
+                if step == 1:
+                    run.check_mismatch(mismatch)
                 with clock("sync"):
                     run.sync_weights(version=step)
 
                 last = step == cfg.training.steps
                 with clock("eval"):
                     results = run.evaluate(step) if last or due(step, cfg.evaluation.every) else []
-                recorder.step(step, batch, reports, run.behaviour.mismatch(reports[0][1]), clock.seconds)
+                recorder.step(step, batch, reports, mismatch, clock.seconds)
                 recorder.evaluations(step, results)
                 if last or due(step, cfg.training.save_every):
                     run.save(step)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_bpdg.rollout.engine import Response
 from megatron_bpdg.training.build import build_run
 from megatron_bpdg.training.loop import distill
 from megatron_bpdg.training.plan import Update, plan_updates
-from megatron_bpdg.training.run import Run
+from megatron_bpdg.training.run import MismatchError, Run
 from megatron_bpdg.training.source import RolloutSource
 from megatron_bpdg.training.step import NonFiniteError
 from tests.integration.miniature import (
@@ -355,6 +356,26 @@ def test_a_sampler_that_claims_the_impossible(
     monkeypatch.setattr(EmbeddedEngine, "decode", decode)
     with pytest.raises(ValueError, match=r"sample 1: the sampler's log-prob of response token 0 is -inf; a sampled"):
         distill(miniature.config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("old_logprobs", ["trainer", "rollout"])
+def test_a_sampler_of_another_model(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_logprobs: str
+) -> None:
+    """Whatever the cause, log-probs that are not the trainer's stop the run at step 1, before anything is saved."""
+    honest = EmbeddedEngine.decode
+
+    def decode(self: EmbeddedEngine, *arguments: Any) -> list[Response]:
+        return [replace(response, logprobs=response.logprobs - 0.002) for response in honest(self, *arguments)]
+
+    monkeypatch.setattr(EmbeddedEngine, "decode", decode)
+    training = {"old_logprobs": old_logprobs, "steps": 1}
+    with pytest.raises(MismatchError, match=r"0\.002 nats a token apart .* allowed 0\.001 \(training\.max_mismatch\)"):
+        distill(miniature.config(tmp_path / "stopped", {"training": training}))
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+    distill(miniature.config(tmp_path / "allowed", {"training": {**training, "max_mismatch": 0.0021}}))
+    (record,) = metrics(tmp_path / "allowed")
+    assert record["mismatch/abs_mean"] == pytest.approx(0.002, rel=1e-2)
 
 
 def test_responses_that_are_all_empty(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
