@@ -14,7 +14,7 @@ from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.end_tokens import end_ids
-from megatron_bpdg.data.graders import Grader
+from megatron_bpdg.data.graders import Grader, check_answers
 from megatron_bpdg.data.prompts import BOXED_SUFFIX, Prompts, encode_prompts, load_problems
 from megatron_bpdg.data.sampler import Stream
 from megatron_bpdg.evaluation.benchmark import EvalResult
@@ -105,6 +105,7 @@ def evaluate_checkpoint(
         engine.load_weights(iter_checkpoint(checkpoint), version=0, probe=None)
         for path in data:
             problems = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
+            check_answers(grader, problems, path)
             prompts = encode_prompts(problems, tokenizer, chat_template=chat_template, max_prompt_tokens=longest)
             result = evaluate(
                 engine, path.stem, prompts, tokenizer, grader, sampling, samples=samples, step=0, seed=seed
