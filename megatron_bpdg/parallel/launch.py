@@ -48,10 +48,15 @@ def launch(module: str, arguments: Sequence[str], world_size: int) -> None:
         del os.environ[_LAUNCHED]
 
 
+def launched() -> bool:
+    """Whether this process is a rank that `launch` started."""
+    return _LAUNCHED in os.environ
+
+
 def report_to_launcher(message: str) -> bool:
     """Leave a rank's error for `launch` to show once; False where this process was not started by it."""
     file = os.environ.get(_ERROR_FILE)
-    if _LAUNCHED not in os.environ or not file:
+    if not launched() or not file:
         return False
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps({"message": message}))

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
+from megatron_bpdg.checkpoint.files import staged_directory
 from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import RunConfig
@@ -38,7 +39,7 @@ from megatron_bpdg.models.qwen3 import DTYPES, ModelShape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.parallel.together import wait_together
+from megatron_bpdg.parallel.together import on_first, wait_together
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
@@ -231,12 +232,11 @@ def _folder(checkpoint: Path, field_name: str) -> Path:
 def _fresh_checkpoint(cfg: RunConfig) -> Path:
     """Seeded weights for `student.init`, written once as an HF checkpoint that every rank then loads its part of."""
     assert cfg.student.init is not None
+    config, tokenizer, dtype = cfg.student.init, cfg.student.tokenizer, DTYPES[cfg.student.dtype]
+    assert tokenizer is not None
     folder = cfg.output / "init"
-    assert cfg.student.tokenizer is not None
-    if dist.get_rank() == 0:
-        dtype = DTYPES[cfg.student.dtype]
-        write_fresh_checkpoint(cfg.student.init, cfg.student.tokenizer, folder, seed=cfg.seed, dtype=dtype)
-    dist.barrier()
+    with staged_directory(folder, overwrite=True) as building:
+        on_first(lambda: write_fresh_checkpoint(config, tokenizer, building, seed=cfg.seed, dtype=dtype))
     return folder
 
 

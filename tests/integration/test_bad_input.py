@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpdg import cli
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
 from megatron_bpdg.data.trajectory import Trajectory
@@ -27,6 +24,7 @@ from megatron_bpdg.training.plan import Update, plan_updates
 from megatron_bpdg.training.run import MismatchError, Run
 from megatron_bpdg.training.source import RolloutSource
 from megatron_bpdg.training.step import NonFiniteError
+from tests.integration.conftest import Refuse
 from tests.integration.miniature import (
     POSITIONS,
     VOCAB,
@@ -38,27 +36,6 @@ from tests.integration.miniature import (
     write_shape,
 )
 from tests.integration.test_runs import bpdg
-
-Refuse = Callable[..., str]
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Run `bpdg` in this process; the one message it prints as it fails."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["bpdg", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        assert ending.value.code not in (0, None)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        assert captured.err.startswith("error: ")
-        assert "\nerror: " not in captured.err
-        return captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -176,28 +153,6 @@ def test_supervised_examples_longer_than_the_model(refused: Refuse, miniature: M
     )
     message = refused("train", path)
     assert f"example 'long' has {POSITIONS + 5} tokens but the student only {POSITIONS} positions" in message
-
-
-def test_an_output_that_is_in_use(
-    config: Path, refused: Refuse, miniature: Miniature, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = config.parent / "run"
-    output.mkdir()
-    precious = output / "metrics.jsonl"
-    precious.write_text("{}\n")
-    assert "is not empty; choose another directory or pass --overwrite" in refused("train", config)
-    assert "was not written by bpdg train; --overwrite does not delete it" in refused("train", config, "--overwrite")
-    (output / "config.yaml").write_text("")
-    inside = shutil.copytree(miniature.student, output / "student")
-    message = refused("train", config, f"student.checkpoint={inside}", "--overwrite")
-    assert "--overwrite would delete student.checkpoint, inside output" in message
-    assert precious.exists()
-    # Under torchrun as well: two runs must not write into one file.
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
-    assert "is not empty" in refused("train", config)
-    assert precious.read_text() == "{}\n"
-    assert "is a file; choose a directory" in refused("train", config, f"output={precious}")
 
 
 def test_world_size_and_layout(
