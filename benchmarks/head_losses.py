@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.drift import Gate, Segments, Signals
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.signals import Segments, Signals
 from megatron_bpdg.objectives.divergence import reverse_kl
 from megatron_bpdg.objectives.local_support import local_support_loss
 from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps

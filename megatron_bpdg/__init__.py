@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_bpdg.controllers.factor import Live, Prepared, plain, product
-    from megatron_bpdg.drift import (
-        Factor,
-        FixedBlocks,
-        Gate,
-        Gated,
-        NewlineSpans,
-        Partition,
-        Segments,
-        Signals,
-        WholeSequence,
-    )
+    from megatron_bpdg.drift.gate import Gate, Gated
+    from megatron_bpdg.drift.partition import FixedBlocks, NewlineSpans, Partition, WholeSequence
+    from megatron_bpdg.drift.signals import Factor, Segments, Signals
     from megatron_bpdg.objectives.divergence import forward_kl, jsd, reverse_kl
     from megatron_bpdg.objectives.local_support import local_support_loss
     from megatron_bpdg.objectives.sampled_token import sampled_token_loss
@@ -59,7 +51,9 @@ __all__ = [
 # Looked up when asked for: every module here needs torch, which takes seconds that `bpdg --help` does not have.
 _MODULES = (
     "controllers.factor",
-    "drift",
+    "drift.gate",
+    "drift.partition",
+    "drift.signals",
     "objectives.divergence",
     "objectives.local_support",
     "objectives.sampled_token",

@@ -63,7 +63,6 @@ class Live(Protocol):
 
     def __call__(self, signals: Signals) -> Factor:
         """``[n]`` each. Sums over tokens go through `signals.mean` or `signals.reduce`, on every rank alike."""
-        ...
 
 
 class Response(Protocol):
@@ -96,7 +95,6 @@ class Prepared(Protocol):
             responses: those that this replica trains on, maybe none; the other replicas are asked about theirs.
             reduce: sums a float64 tensor over the replicas. Every replica must call it equally often.
         """
-        ...
 
 
 def prepare(factors: Sequence[Prepared], responses: Sequence[Response], reduce: SumReduce) -> list[Factor]:

@@ -15,6 +15,7 @@ from megatron_bpdg.drift.gate import Gated
 BINS = 200
 # One bin more than intervals: gates of exactly 1 are counted by themselves.
 _EDGES = BINS + 1
+_QUANTILES = {"min": 0.0, "q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
 def drift_shapes(max_blocks: int) -> dict[str, int]:
@@ -30,8 +31,7 @@ def drift_sums(
     """Sums over this rank's tokens, float64, as `drift_shapes` lists them.
 
     Args:
-        gated: the gate's output for one micro-batch.
-        mask_n: its mask.
+        gated, mask_n: of one micro-batch.
         block_index_G: position of each block within its own response, int64 ``[num_blocks]`` (the heat map's rows).
         max_blocks: rows of the heat map; blocks beyond are added to the last row.
         owns_blocks: whether this rank counts the blocks. Block means are complete on every rank that shares the
@@ -76,10 +76,7 @@ def drift_statistics(sums: Mapping[str, Tensor]) -> dict[str, float]:
         "gate/mean": moments["gate"] / tokens,
         "gate/ess": moments["gate"] ** 2 / (tokens * moments["gate_sq"]),
         "gate/mass": moments["gate"],
-        "gate/min": _quantile(sums["gate_histogram"], 0.0),
-        "gate/q05": _quantile(sums["gate_histogram"], 0.05),
-        "gate/q50": _quantile(sums["gate_histogram"], 0.5),
-        "gate/q95": _quantile(sums["gate_histogram"], 0.95),
+        **{f"gate/{name}": _quantile(sums["gate_histogram"], q) for name, q in _QUANTILES.items()},
         "drift/abs_mean": moments["abs_drift"] / tokens,
         "drift/mean": moments["drift"] / tokens,
     }

@@ -20,12 +20,14 @@ class Partition(Protocol):
 
     def __call__(self, response_R: Tensor) -> Tensor:
         """response_R: token ids ``[R]`` (int64). Returns non-decreasing block numbers ``[R]`` (int64) from 0."""
-        ...
 
 
 @dataclass(frozen=True)
 class FixedBlocks:
-    """Blocks of `size` consecutive tokens; the last block may be shorter (Block64 of arXiv 2606.24084 has size 64)."""
+    """Blocks of `size` consecutive tokens; the last block may be shorter (Block64 of arXiv 2606.24084 has size 64).
+
+    Of size 1: the token-level gate.
+    """
 
     size: int = 64
 
@@ -71,11 +73,6 @@ class WholeSequence:
         return torch.zeros(len(response_R), dtype=torch.int64, device=response_R.device)
 
 
-def token_partition() -> Partition:
-    """Every token its own block: the token-level gate."""
-    return FixedBlocks(1)
-
-
 def _span_sizes(is_newline: list[bool], min_size: int, max_size: int) -> list[int]:
     spans: list[int] = []
     length = 0
@@ -88,13 +85,12 @@ def _span_sizes(is_newline: list[bool], min_size: int, max_size: int) -> list[in
         spans[-1] += length
     elif length:
         spans.append(length)
-    return [chunk for span in spans for chunk in _cut(span, max_size)]
-
-
-def _cut(span: int, max_size: int) -> list[int]:
-    chunks = -(-span // max_size)
-    size, longer = divmod(span, chunks)
-    return [size + 1] * longer + [size] * (chunks - longer)
+    sizes: list[int] = []
+    for span in spans:
+        chunks = -(-span // max_size)
+        size, longer = divmod(span, chunks)
+        sizes += [size + 1] * longer + [size] * (chunks - longer)
+    return sizes
 
 
 def newline_token_ids(decode: Callable[[list[int]], str], vocab_size: int) -> frozenset[int]:

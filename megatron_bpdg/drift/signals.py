@@ -23,31 +23,6 @@ def no_reduce(sums: Tensor) -> Tensor:
     return sums
 
 
-def segment_mean(
-    values_N: Tensor, segment_N: Tensor, num_segments: int, mask_N: Tensor, reduce: SumReduce = no_reduce
-) -> tuple[Tensor, Tensor]:
-    """Mean of `values_N` over the valid tokens of each segment.
-
-    Sums are taken in float64, so that the result does not depend on how the tokens are spread over ranks beyond the
-    last bit of a float32.
-
-    Args:
-        values_N: any float dtype ``[N]``; entries outside the mask may hold anything, NaN included.
-        segment_N: int64 ``[N]`` in ``[0, num_segments)``.
-        mask_N: bool ``[N]``.
-        reduce: completes ``[2, num_segments]`` sums over ranks.
-
-    Returns:
-        (mean, count), float64 ``[num_segments]``; the mean of an empty segment is 0.
-    """
-    valid_N = mask_N.to(torch.float64)
-    values_N = torch.where(mask_N, values_N.to(torch.float64), 0.0)
-    sums_2G = torch.zeros(2, num_segments, dtype=torch.float64, device=values_N.device)
-    sums_2G.index_add_(1, segment_N, torch.stack([values_N, valid_N]))
-    total_G, count_G = reduce(sums_2G)
-    return total_G / count_G.clamp(min=1.0), count_G
-
-
 @dataclass(frozen=True)
 class Segments:
     """One way to divide the tokens of a micro-batch: into blocks, or into sequences.
@@ -129,8 +104,20 @@ class Signals:
         return torch.where(self.mask_n, drift_n, 0.0)
 
     def mean(self, values_n: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """(mean, count) of `values_n` over the valid tokens of each segment, exact whoever holds them.
+        """Mean of `values_n` over the valid tokens of each segment, and their number, exact whoever holds them.
 
-        A collective of the ranks that share the tokens; float64 ``[segments.count]``.
+        A collective of the ranks that share the tokens. Sums are taken in float64, so that the result does not depend
+        on how the tokens are spread over ranks beyond the last bit of a float32.
+
+        Args:
+            values_n: any float dtype ``[n]``; entries outside the mask may hold anything, NaN included.
+
+        Returns:
+            (mean, count), float64 ``[segments.count]``; the mean of an empty segment is 0.
         """
-        return segment_mean(values_n, segments.index_n, segments.count, self.mask_n, self.reduce)
+        valid_n = self.mask_n.to(torch.float64)
+        values_n = torch.where(self.mask_n, values_n.to(torch.float64), 0.0)
+        sums_2G = torch.zeros(2, segments.count, dtype=torch.float64, device=values_n.device)
+        sums_2G.index_add_(1, segments.index_n, torch.stack([values_n, valid_n]))
+        total_G, count_G = self.reduce(sums_2G)
+        return total_G / count_G.clamp(min=1.0), count_G

@@ -17,12 +17,12 @@ from megatron_bpdg.models.hf_fields import (
     NUMBERS,
     REQUIRED,
     REQUIRED_MOE,
-    ROPE_FIELDS,
     ROPE_SECTIONS,
     SWITCHES,
     SYNONYMS,
     WITHOUT_EFFECT,
 )
+from megatron_bpdg.models.rope import ROPE_SCALINGS
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -63,14 +63,10 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 
 def hf_config_of(folder: Path | None, where: Path) -> dict[str, Any]:
-    """Config in a Megatron checkpoint's hf folder.
-
-    Args:
-        folder: the folder, None where there is none.
-        where: the checkpoint, for the message.
+    """Config in the hf folder of the Megatron checkpoint `where`.
 
     Raises:
-        FileNotFoundError: there is no folder; says what to do.
+        FileNotFoundError: it has no such folder; says what to do.
         ValueError: see `read_hf_config`.
     """
     if folder is None:
@@ -182,9 +178,9 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return [f"{spelling}.partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1"]
-    if kind not in ("default", *ROPE_FIELDS):
-        return [f"{spelling} of type {kind!r} is not supported (only 'default', {', '.join(map(repr, ROPE_FIELDS))})"]
-    fields = ROPE_FIELDS.get(kind, set())
+    if kind not in ("default", *ROPE_SCALINGS):
+        return [f"{spelling} of type {kind!r} is not supported (only 'default', {', '.join(map(repr, ROPE_SCALINGS))})"]
+    fields = ROPE_SCALINGS[kind].__dataclass_fields__.keys() if kind in ROPE_SCALINGS else set()
     unknown = [name for name in rope if name not in fields | {"rope_type", "rope_theta", "partial_rotary_factor"}]
     problems = [f"{spelling}.{name} is not known for type {kind!r}" for name in unknown]
     required = {"factor"} if kind == "yarn" else fields
@@ -203,7 +199,7 @@ def _normalise(config: dict[str, Any]) -> None:
         config["rope_scaling"] = {
             "original_max_position_embeddings": config.get("original_max_position_embeddings")
             or config.get("max_position_embeddings"),
-            **{name: rope[name] for name in ROPE_FIELDS[scaling] if name in rope},
+            **{name: rope[name] for name in ROPE_SCALINGS[scaling].__dataclass_fields__ if name in rope},
             "rope_type": scaling,
         }
     dtype = config.get("dtype") or config.get("torch_dtype")

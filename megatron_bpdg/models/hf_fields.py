@@ -131,17 +131,3 @@ SWITCHES = {"tie_word_embeddings", "norm_topk_prob", "truncate"}
 # Two names for the same thing, of which a file may give both.
 SYNONYMS = (("dtype", "torch_dtype"), ("num_experts", "num_local_experts"))
 ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
-# Fields of a scaled rotary embedding, as transformers names them.
-ROPE_FIELDS = {
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,35 +25,31 @@ from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.vocab import TokenLayout
 
 
+@dataclass(eq=False)
 class MegatronPolicy:
     """A model on its ranks. `loss` and `read` functions see hidden states and the head, never the model.
 
-    Args:
+    Attributes:
         module: this rank's stage, by itself or wrapped in Megatron-Core's DistributedDataParallel.
         shape: of the whole model.
-        layout: of the ranks.
         packed: lay the sequences of a micro-batch one after the other instead of padding them.
         head: how the vocabulary is read.
     """
 
-    def __init__(
-        self, module: nn.Module, shape: ModelShape, layout: Layout, *, packed: bool = False, head: Head | None = None
-    ) -> None:
-        self.module = module
-        self.shape = shape
-        self.layout = layout
-        self.packed = packed
-        self.head = head or Head()
+    module: nn.Module
+    shape: ModelShape
+    layout: Layout
+    _: KW_ONLY
+    packed: bool = False
+    head: Head = field(default_factory=Head)
+
+    def __post_init__(self) -> None:
         self.head.check_device(default_device())
         self.mesh = Mesh.current()
 
     @property
     def unwrapped(self) -> HiddenStateGPTModel:
         return unwrap_model(self.module)
-
-    @property
-    def length_multiple(self) -> int:
-        return self.layout.tensor_parallel if self.layout.sequence_parallel else 1
 
     def vocab_ops(self, hidden_SBH: Tensor, batch: MicroBatch, temperature: float, *, scattered: bool) -> VocabOps:
         """The distribution that predicts each response token, as vocabulary operations over this rank's shard.
@@ -61,10 +58,7 @@ class MegatronPolicy:
             scattered: keep only this rank's slice of the per-token results.
         """
         hidden_NH = response_states(
-            hidden_SBH,
-            batch.position_N,
-            group=self.mesh.tensor,
-            sequence_parallel=self.layout.sequence_parallel,
+            hidden_SBH, batch.position_N, group=self.mesh.tensor, sequence_parallel=self.layout.sequence_parallel
         )
         return self.head.vocab_ops(
             hidden_NH,
@@ -79,7 +73,9 @@ class MegatronPolicy:
         """Accumulate the gradient of the sum of `loss(hidden_SBH, batch)` over the micro-batches."""
 
         def loss_func(batch: MicroBatch, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            # Megatron-Core counts tokens as integers; the exact denominator is applied by the caller instead.
+            # Megatron-Core adds token counts up in an int tensor and divides the gradients by it: a denominator that is
+            # a float, as the mass of gated tokens is, would lose its fraction there. It is told of no tokens, and the
+            # caller divides, once and exactly.
             return loss(hidden_SBH, batch), torch.zeros((), dtype=torch.int, device=hidden_SBH.device), {}
 
         self._run(batches, loss_func, forward_only=False)
@@ -151,7 +147,7 @@ def to_batches(chunks: Sequence[Sequence[Trajectory]], policy: MegatronPolicy) -
         collate(
             chunk,
             pad_id=0,
-            length_multiple=policy.length_multiple,
+            length_multiple=policy.layout.tensor_parallel if policy.layout.sequence_parallel else 1,
             token_multiple=policy.layout.tensor_parallel,
             packed=policy.packed,
             context_rank=policy.mesh.context.rank(),

@@ -82,18 +82,12 @@ class Llama3:
 
 
 RopeScaling = Yarn | Llama3
-_KINDS: dict[str, type[RopeScaling]] = {"yarn": Yarn, "llama3": Llama3}
+# By transformers' name of the type; their fields have transformers' names.
+ROPE_SCALINGS: dict[str, type[RopeScaling]] = {"yarn": Yarn, "llama3": Llama3}
 
 
 def rope_scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
-    """From the `rope_scaling` of a normalised HF config.
-
-    Raises:
-        ValueError: for another `rope_type`.
-    """
+    """From the `rope_scaling` of a normalised HF config."""
     if fields is None:
         return None
-    kind = fields["rope_type"]
-    if kind not in _KINDS:
-        raise ValueError(f"rope_scaling.rope_type {kind!r} is not supported (only {', '.join(_KINDS)})")
-    return _KINDS[kind](**{name: value for name, value in fields.items() if name != "rope_type"})
+    return ROPE_SCALINGS[fields["rope_type"]](**{name: fields[name] for name in fields if name != "rope_type"})

@@ -1,4 +1,4 @@
-"""Sizes of a model in HF's terms, the published Qwen3 models, and which layouts divide them."""
+"""Sizes of a model in HF's terms, and which layouts divide them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ class Experts:
     norm_topk_prob: bool = True
     dense_layers: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} exceeds num_experts = {self.num_experts}"
+            )
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "num_experts_per_tok = 1 with norm_topk_prob is not supported: the weight of the one expert would "
+                "always be 1, and the router without a gradient"
+            )
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Experts | None:
         """Of a normalised config; None where no layer has experts."""
@@ -38,23 +49,13 @@ class Experts:
         missing = [name for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size") if not config[name]]
         if missing:
             raise ValueError(f"config.json has no {', '.join(missing)}")
-        experts = cls(
+        return cls(
             config["num_experts"],
             config["num_experts_per_tok"],
             config["moe_intermediate_size"],
             config["norm_topk_prob"],
             tuple(i for i, has_experts in enumerate(layers) if not has_experts),
         )
-        if experts.num_experts_per_tok > experts.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok = {experts.num_experts_per_tok} exceeds num_experts = {experts.num_experts}"
-            )
-        if experts.num_experts_per_tok == 1 and experts.norm_topk_prob:
-            raise ValueError(
-                "num_experts_per_tok = 1 with norm_topk_prob is not supported: the weight of the one expert would "
-                "always be 1, and the router without a gradient"
-            )
-        return experts
 
 
 @dataclass(frozen=True)
@@ -114,34 +115,6 @@ class ModelShape:
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias,
         )
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model, the tied embedding counted once, padding not."""
-        H, D = self.hidden_size, self.head_dim
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        attention = 2 * H * D * (heads + groups) + self.qk_norm * 2 * D + self.qkv_bias * D * (heads + 2 * groups)
-        layers = self.num_hidden_layers * (attention + 2 * H)
-        dense = self.num_hidden_layers
-        if self.experts is not None:
-            dense = len(self.experts.dense_layers)
-            one = self.experts.num_experts * (3 * H * self.experts.moe_intermediate_size + H)
-            layers += (self.num_hidden_layers - dense) * one
-        layers += dense * 3 * H * self.intermediate_size
-        return layers + self.vocab_size * H * (1 if self.tie_word_embeddings else 2) + H
-
-
-# Published models (HF config.json of each release).
-SIZES = {
-    "0.6B": ModelShape(28, 1024, 3072, 16, 8, tie_word_embeddings=True),
-    "1.7B": ModelShape(28, 2048, 6144, 16, 8, tie_word_embeddings=True),
-    "4B": ModelShape(36, 2560, 9728, 32, 8, tie_word_embeddings=True),
-    "8B": ModelShape(36, 4096, 12_288, 32, 8, tie_word_embeddings=False),
-    "14B": ModelShape(40, 5120, 17_408, 40, 8, tie_word_embeddings=False),
-    "32B": ModelShape(64, 5120, 25_600, 64, 8, tie_word_embeddings=False),
-    "30B-A3B": ModelShape(48, 2048, 6144, 32, 4, tie_word_embeddings=False, experts=Experts(128, 8, 768)),
-    "235B-A22B": ModelShape(94, 4096, 12_288, 64, 4, tie_word_embeddings=False, experts=Experts(128, 8, 1536)),
-}
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:

@@ -85,17 +85,8 @@ class TorchAttention(nn.Module):
     one all-gather in the forward, one reduce-scatter in the backward, and the scores of no more than one chunk at once.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
+    def __init__(self, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
-        self.config = config
         self.softmax_scale = softmax_scale
         self.context = parallel_state.get_context_parallel_group()
 
@@ -105,9 +96,10 @@ class TorchAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
+        *,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
     ) -> Tensor:
         """query [S, B, heads, D], key and value [S, B, groups, D] -> [S, B, heads * D]; packed, all without B."""
         if attention_bias is not None:
@@ -209,12 +201,9 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     if transformer_engine_available():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     first = get_transformer_layer_offset(config)
-    specs = {kind: torch_layer_spec(qk_norm=config.qk_layernorm, experts=kind) for kind in (False, True)}
-    layers = range(first, first + get_num_layers_to_build(config))
-    return TransformerBlockSubmodules(layer_specs=[specs[_has_experts(config, i)] for i in layers], layer_norm=RMSNorm)
-
-
-def _has_experts(config: TransformerConfig, layer: int) -> bool:
-    if config.num_moe_experts is None:
-        return False
-    return config.moe_layer_freq == 1 or bool(config.moe_layer_freq[layer])
+    with_experts = [
+        config.num_moe_experts is not None and (config.moe_layer_freq == 1 or bool(config.moe_layer_freq[layer]))
+        for layer in range(first, first + get_num_layers_to_build(config))
+    ]
+    layers = [torch_layer_spec(qk_norm=config.qk_layernorm, experts=experts) for experts in with_experts]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

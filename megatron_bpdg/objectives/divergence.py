@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]
+Divergence = Callable[[Tensor, Tensor, Total], Tensor]
 
 
 def forward_kl(log_pi: Tensor, log_q: Tensor, total: Total) -> Tensor:
     """KL(q || pi), mass-covering; infinite where pi is zero and q is not."""
-    return total(_kl_terms(log_q, log_pi))
+    return total(kl_terms(log_q, log_pi))
 
 
 def reverse_kl(log_pi: Tensor, log_q: Tensor, total: Total) -> Tensor:
     """KL(pi || q), mode-seeking; infinite where q is zero and pi is not."""
-    return total(_kl_terms(log_pi, log_q))
+    return total(kl_terms(log_pi, log_q))
 
 
 def jsd(log_pi: Tensor, log_q: Tensor, total: Total, beta: float = 0.5) -> Tensor:
@@ -36,10 +37,11 @@ def jsd(log_pi: Tensor, log_q: Tensor, total: Total, beta: float = 0.5) -> Tenso
     log_m = torch.logaddexp(
         torch.where(impossible, 0.0, log_q) + math.log(beta), torch.where(impossible, 0.0, log_pi) + math.log1p(-beta)
     )
-    return total(beta * _kl_terms(log_q, log_m) + (1.0 - beta) * _kl_terms(log_pi, log_m))
+    return total(beta * kl_terms(log_q, log_m) + (1.0 - beta) * kl_terms(log_pi, log_m))
 
 
-def _kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``a (log a - log b)`` of each outcome, 0 where a is."""
     # Both arguments are replaced before exp and subtraction: 0 * inf in the backward would be NaN.
     possible = log_a > -torch.inf
     log_a = torch.where(possible | log_a.isnan(), log_a, 0.0)
@@ -48,7 +50,7 @@ def _kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(possible | terms.isnan(), terms, 0.0)
 
 
-def divergence(name: str, beta: float) -> Callable[[Tensor, Tensor, Total], Tensor]:
+def divergence(name: str, beta: float) -> Divergence:
     """The function for a config name: forward_kl, reverse_kl or jsd (with its beta)."""
     if name == "jsd":
         return lambda log_pi, log_q, total: jsd(log_pi, log_q, total, beta)

@@ -7,16 +7,14 @@ it needs K student logits per position and nothing of the log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bpdg.objectives.divergence import Total
+from megatron_bpdg.objectives.divergence import Divergence
 from megatron_bpdg.objectives.vocabulary import VocabOps
-
-Divergence = Callable[[Tensor, Tensor, Total], Tensor]
 
 
 def local_support_loss(
@@ -40,27 +38,24 @@ def local_support_loss(
         extra: one more outcome per position, the sampled token: (ids ``[N]``, teacher's log-probs ``[n]``). It is
             left out where the support already has it.
     """
-    # Before the sample is appended: where the support already holds it, K + 1 columns are still K ids.
-    complete = support_NK.shape[1] >= student.vocab_size
-    if extra is not None:
+    if extra is None:
+        logits_nK = student.gather(support_NK)
+    else:
         extra_N, extra_logprob_n = extra
-        duplicate_n = student.rows((support_NK == extra_N[:, None]).any(1))
-        support_NK = torch.cat([support_NK, extra_N[:, None]], dim=1)
-        teacher_logprobs_nK = torch.cat(
-            [teacher_logprobs_nK, extra_logprob_n.masked_fill(duplicate_n, -torch.inf)[:, None]], dim=1
-        )
-    logits_nK = student.gather(support_NK)
-    if extra is not None:
-        drop_nK = torch.zeros_like(logits_nK, dtype=torch.bool)
-        drop_nK[:, -1] = duplicate_n
+        logits_nK = student.gather(torch.cat([support_NK, extra_N[:, None]], dim=1))
+        teacher_logprobs_nK = torch.cat([teacher_logprobs_nK, extra_logprob_n[:, None]], dim=1)
+        duplicate_n1 = student.rows((support_NK == extra_N[:, None]).any(1, keepdim=True))
+        drop_nK = F.pad(duplicate_n1, (support_NK.shape[1], 0))
         logits_nK = logits_nK.masked_fill(drop_nK, -torch.inf)
+        teacher_logprobs_nK = teacher_logprobs_nK.masked_fill(drop_nK, -torch.inf)
 
     teacher_logprobs_nK = teacher_logprobs_nK.to(logits_nK.dtype)
     if outside == "renormalise":
         log_pi, log_q = logits_nK.log_softmax(-1), teacher_logprobs_nK.log_softmax(-1)
     else:
         log_pi, log_q = logits_nK - student.logsumexp()[:, None], teacher_logprobs_nK
-        if not complete:
+        # Of the support's own ids: with the sample appended, K + 1 columns may still be K ids.
+        if support_NK.shape[1] < student.vocab_size:
             log_pi, log_q = (torch.cat([x, log_rest(x)[:, None]], dim=1) for x in (log_pi, log_q))
     return divergence(log_pi, log_q, lambda terms: terms.sum(-1))
 

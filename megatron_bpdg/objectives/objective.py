@@ -40,7 +40,6 @@ class Objective(Protocol):
     @property
     def differentiates_logprob(self) -> bool:
         """Whether the gradient flows through `Signals.logprobs_n`; `student` is differentiable in any case."""
-        ...
 
     def __call__(self, student: VocabOps, signals: Signals) -> Tensor:
         """Per-token loss ``[n]``.
@@ -49,7 +48,6 @@ class Objective(Protocol):
             student: bound to the student's logits of N positions.
             signals: of the same positions, with the sampled ids and what `needs` asked of the teacher.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_bpdg.objectives.divergence import kl_terms
+
 # Rows per chunk of the top-K search, which holds one int64 per logit.
 _TOPK_ROWS = 256
 
@@ -27,54 +29,44 @@ class VocabOps(Protocol):
 
     def rows(self, per_token: Tensor) -> Tensor:
         """This rank's rows of a replicated tensor ``[N, ...]`` -> ``[n, ...]``."""
-        ...
 
     def logsumexp(self) -> Tensor:
         """``[n]``."""
-        ...
 
     def logprob(self, ids_N: Tensor) -> Tensor:
         """Log-probability of one id per position, ``[n]``."""
-        ...
 
     def gather(self, ids_NK: Tensor) -> Tensor:
         """Logits of K ids per position, ``[n, K]``."""
-        ...
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits and their ids, ``[n, k]`` each; ties go to the lower id. Not differentiable."""
-        ...
 
     def entropy(self) -> Tensor:
         """Entropy in nats, ``[n]``."""
-        ...
 
     def log_softmax(self) -> Tensor:
         """Log-probabilities of this rank's part of the vocabulary, ``[N, V_local]``."""
-        ...
 
     def vocab_sum(self, x_NV: Tensor) -> Tensor:
         """Sum over the whole vocabulary of a tensor shaped like `log_softmax`, ``[n]``."""
-        ...
 
 
 def ordered_topk(values_NV: Tensor, k: int, first_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Largest k values and their ids, ties to the lower id, so that supports do not depend on how V is split.
+    """Largest k values, or all that there are, and their ids; ties go to the lower id, however V is split.
 
     Values are compared in float32. Returns ``[N, k]`` values and int64 ids (column number + first_id).
     """
-    ids_V = torch.arange(values_NV.shape[1], device=values_NV.device)
-    chosen = [_ordered_topk_ids(chunk, ids_V, k) for chunk in values_NV.split(_TOPK_ROWS)]
-    ids_NK = torch.cat(chosen) if chosen else ids_V.new_zeros(0, k)
-    return values_NV.gather(1, ids_NK), ids_NK + first_id
-
-
-def _ordered_topk_ids(values_NV: Tensor, ids_V: Tensor, k: int) -> Tensor:
-    bits = (values_NV.float() + 0.0).view(torch.int32)
-    # Two's complement order of float bits: flip the magnitude of negatives.
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (order << 32) | (0xFFFFFFFF - ids_V)
-    return keys.topk(k, dim=1).indices
+    column_V = torch.arange(values_NV.shape[1], device=values_NV.device)
+    k = min(k, len(column_V))
+    column_NK = column_V.new_empty(len(values_NV), k)
+    for values, columns in zip(values_NV.split(_TOPK_ROWS), column_NK.split(_TOPK_ROWS)):
+        bits = (values.float() + 0.0).view(torch.int32)
+        # Two's complement order of float bits: flip the magnitude of negatives.
+        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        # torch.topk says nothing of ties, so there are none: the lower column is the larger key.
+        columns.copy_(((order << 32) | (0xFFFFFFFF - column_V)).topk(k, dim=1).indices)
+    return values_NV.gather(1, column_NK), column_NK + first_id
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
@@ -124,9 +116,7 @@ class DenseVocab:
 
     def entropy(self) -> Tensor:
         log_p_NV = self.log_softmax()
-        possible = log_p_NV > -torch.inf
-        log_p_NV = torch.where(possible | log_p_NV.isnan(), log_p_NV, 0.0)
-        return -torch.where(possible | log_p_NV.isnan(), log_p_NV.exp() * log_p_NV, 0.0).sum(-1)
+        return -kl_terms(log_p_NV, torch.zeros_like(log_p_NV)).sum(-1)
 
     def log_softmax(self) -> Tensor:
         return self.logits_NV.log_softmax(-1)

@@ -10,8 +10,6 @@ Logits are rounded to the dtype of the hidden states, as everywhere else, and ev
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +27,7 @@ BLOCK_HIDDEN = 64
 MIN_PARTS = 16
 MIN_PROGRAMS = 512
 
+# Kernels see no globals: `_gradient_` has these as numbers.
 _LSE, _LOGPROB, _ENTROPY = range(3)
 
 
@@ -39,30 +38,29 @@ class FusedVocab(ChunkedVocab):
         ValueError: also for float64, or tensors that are on no CUDA device.
     """
 
-    def __init__(self, hidden_NH: Tensor, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hidden_NH, *args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype != torch.float32:
-            raise ValueError(f"training.head: fused computes in float32, not {hidden_NH.dtype}: use chunked")
-        if not (hidden_NH.is_cuda or isinstance(_sweep, InterpretedFunction)):
+            raise ValueError(f"training.head: fused computes in float32, not {self.hidden_NH.dtype}: use chunked")
+        if not (self.hidden_NH.is_cuda or isinstance(_sweep, InterpretedFunction)):
             raise ValueError("training.head: fused runs on CUDA devices only: use chunked")
 
-    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    def sweep_shard(self, k: int, keep: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         num_tokens, hidden_size = self.hidden_NH.shape
-        if k or not self.num_valid or not num_tokens:
+        num_columns = len(self.ids)
+        if k or not num_columns or not num_tokens:
             return super().sweep_shard(k, keep)
-        token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(self.num_valid, BLOCK_COLUMNS)
+        token_blocks, column_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.cdiv(num_columns, BLOCK_COLUMNS)
         blocks_per_part = triton.cdiv(column_blocks, max(MIN_PARTS, triton.cdiv(MIN_PROGRAMS, token_blocks)))
         num_parts = triton.cdiv(column_blocks, blocks_per_part)
         parts_3CN = self.hidden_NH.new_empty(3, num_parts, num_tokens, dtype=torch.float32)
         _sweep[num_parts, token_blocks](
-            self.hidden_NH,
-            self.weight_VH,
+            self.hidden_NH.contiguous(),
+            self.weight_VH.contiguous(),
             parts_3CN,
             num_tokens,
-            self.num_valid,
+            num_columns,
             hidden_size,
-            *self.hidden_NH.stride(),
-            *self.weight_VH.stride(),
             1.0 / self.temperature,
             blocks_per_part,
             num_parts,
@@ -73,16 +71,13 @@ class FusedVocab(ChunkedVocab):
             # So that two programs share a multiprocessor: one multiplies while the other takes exponentials.
             maxnreg=128,
         )
-        max_CN, sum_CN, shifted_CN = parts_3CN
-        return max_CN, sum_CN, shifted_CN, None
+        return parts_3CN, None
 
     def pairs(self, ids_NK: Tensor) -> FusedPairs:
-        return FusedPairs(ids_NK - self.first_id, self.num_valid, self.temperature)
+        return FusedPairs(ids_NK - self.ids.start, len(self.ids), self.temperature, self.chunk_bytes)
 
-    def chunk_gradient(
-        self, hidden_NH: Tensor, weight_VH: Tensor, start: int, stop: int, term: Term, grad_N: Tensor
-    ) -> Tensor:
-        logits_Nv = self.kept_or_again(hidden_NH, weight_VH, start, stop)
+    def chunk_gradient(self, start: int, stop: int, term: Term, grad_N: Tensor) -> Tensor:
+        logits_Nv = self.kept_or_again(start, stop)
         num_tokens, width = logits_Nv.shape
         kind, extra_N = _LSE, term.lse_N
         if term.column_N is not None:
@@ -111,10 +106,6 @@ def _sweep(  # type: ignore[no-untyped-def]
     num_tokens,
     num_columns,
     hidden_size,
-    hidden_stride_n,
-    hidden_stride_h,
-    weight_stride_v,
-    weight_stride_h,
     inverse_temperature,
     blocks_per_part,
     num_parts,
@@ -125,30 +116,24 @@ def _sweep(  # type: ignore[no-untyped-def]
     """Statistics of one block of tokens over one part of the columns; see `ChunkedVocab.sweep_shard`."""
     part = tl.program_id(0)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token_row = hidden + token.to(tl.int64)[:, None] * hidden_stride_n
+    token_here = token < num_tokens
+    token_row = hidden + token.to(tl.int64)[:, None] * hidden_size
     max_n = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_n = tl.zeros((BLOCK_N,), tl.float32)
     shifted_n = tl.zeros((BLOCK_N,), tl.float32)
     first = part * blocks_per_part * BLOCK_V
     for start in range(first, min(first + blocks_per_part * BLOCK_V, num_columns), BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        column_row = weight + column.to(tl.int64)[None, :] * weight_stride_v
+        column_here = column < num_columns
+        column_row = weight + column.to(tl.int64)[None, :] * hidden_size
         logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for h in range(0, hidden_size, BLOCK_H):
             at = h + tl.arange(0, BLOCK_H)
-            a = tl.load(
-                token_row + at[None, :] * hidden_stride_h,
-                mask=(token[:, None] < num_tokens) & (at[None, :] < hidden_size),
-                other=0.0,
-            )
-            b = tl.load(
-                column_row + at[:, None] * weight_stride_h,
-                mask=(column[None, :] < num_columns) & (at[:, None] < hidden_size),
-                other=0.0,
-            )
+            a = tl.load(token_row + at[None, :], mask=token_here[:, None] & (at[None, :] < hidden_size), other=0.0)
+            b = tl.load(column_row + at[:, None], mask=column_here[None, :] & (at[:, None] < hidden_size), other=0.0)
             logits = tl.dot(a, b, logits, input_precision="ieee")
         logits = logits.to(hidden.dtype.element_ty).to(tl.float32) * inverse_temperature
-        logits = tl.where(column[None, :] < num_columns, logits, float("-inf"))
+        logits = tl.where(column_here[None, :], logits, float("-inf"))
         new_max_n = tl.maximum(max_n, tl.max(logits, 1))
         # The first block has no earlier maximum, and 0 * inf is NaN.
         lower_n = tl.where(max_n == float("-inf"), 0.0, max_n - new_max_n)
@@ -160,9 +145,9 @@ def _sweep(  # type: ignore[no-untyped-def]
         max_n = new_max_n
     out = parts + part * num_tokens + token
     plane = num_parts * num_tokens
-    tl.store(out, max_n, mask=token < num_tokens)
-    tl.store(out + plane, sum_n, mask=token < num_tokens)
-    tl.store(out + 2 * plane, shifted_n, mask=token < num_tokens)
+    tl.store(out, max_n, mask=token_here)
+    tl.store(out + plane, sum_n, mask=token_here)
+    tl.store(out + 2 * plane, shifted_n, mask=token_here)
 
 
 @triton.jit

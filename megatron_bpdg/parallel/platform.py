@@ -13,7 +13,7 @@ import contextlib
 import functools
 import importlib
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,17 +28,14 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, other: object) -> None:
-        return None
+    def wait_stream(self, other: object) -> None: ...
 
-    def wait_event(self, event: object) -> None:
-        return None
+    def wait_event(self, event: object) -> None: ...
 
     def record_event(self) -> _Stream:
         return self
 
-    def synchronize(self) -> None:
-        return None
+    def synchronize(self) -> None: ...
 
 
 # What it calls on torch.cuda, and what stands in for it.
@@ -94,17 +91,9 @@ def _with_sizes_as_numbers(all_to_all_single: Callable[..., Any]) -> Callable[..
         return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
 
     @functools.wraps(all_to_all_single)
-    def exchange(
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        return all_to_all_single(
-            output, input, numbers(output_split_sizes), numbers(input_split_sizes), *args, **kwargs
-        )
+    def exchange(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        named = {name: numbers(value) for name, value in kwargs.items()}
+        return all_to_all_single(output, input, *map(numbers, args), **named)
 
     return exchange
 
@@ -204,18 +193,3 @@ def disable_cpu_platform() -> None:
     while _originals:
         _, (owner, name, original) = _originals.popitem()
         setattr(owner, name, original)
-
-
-def patched_names() -> list[str]:
-    """Dotted names of everything the platform replaces at this moment."""
-    return sorted(_originals)
-
-
-@contextlib.contextmanager
-def cpu_platform() -> Iterator[None]:
-    """`enable_cpu_platform` for the length of a with-block."""
-    enable_cpu_platform()
-    try:
-        yield
-    finally:
-        disable_cpu_platform()

@@ -49,6 +49,7 @@ def zigzag(length: int, rank: int, size: int) -> Tensor:
 
 def unzigzag(shards: Tensor) -> Tensor:
     """The whole sequence ``[size * s, ...]`` from the shards of all ranks in order, ``[size, s, ...]``."""
+    # First chunks come in the order of the ranks, second ones against it.
     front, back = shards.chunk(2, dim=1)
     return torch.cat([front.flatten(0, 1), back.flip(0).flatten(0, 1)])
 

@@ -15,12 +15,14 @@ the two all-reduces of ``[N]`` that the log-sum-exp costs once per `ParallelVoca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bpdg.objectives.vocabulary import check_ids, check_topk, ordered_topk
@@ -55,6 +57,13 @@ class TokenLayout:
             raise ValueError(
                 f"{num_tokens} tokens cannot be scattered over {self.size} ranks: pad to a multiple of {self.size}"
             )
+
+    def shards(self, width: int, vocab_size: int) -> list[range]:
+        """The ids of every rank's `width` columns; columns beyond them are padding."""
+        if width * self.size < vocab_size:
+            raise ValueError(f"{self.size} shards of {width} columns cannot hold a vocabulary of {vocab_size}")
+        starts = [min(width * rank, vocab_size) for rank in range(self.size)]
+        return [range(start, min(start + width, vocab_size)) for start in starts]
 
     def rows(self, per_token: Tensor) -> Tensor:
         """This rank's rows of a replicated ``[N, ...]``."""
@@ -101,9 +110,9 @@ class ParallelVocab:
         layout.check(len(logits_NV))
         self.vocab_size = vocab_size
         self.layout = layout
-        self.first_id, num_valid = shard_columns(logits_NV.shape[1], vocab_size, layout)
-        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-        logits_NV = logits_NV[:, :num_valid].to(dtype)
+        self.shards = layout.shards(logits_NV.shape[1], vocab_size)
+        self.ids = self.shards[layout.rank]
+        logits_NV = logits_NV[:, : len(self.ids)].to(torch.promote_types(logits_NV.dtype, torch.float32))
         self.logits_NV = logits_NV if temperature == 1.0 else logits_NV / temperature
 
     @cached_property
@@ -118,35 +127,34 @@ class ParallelVocab:
             shift_N = torch.where(max_N == -torch.inf, 0.0, max_N)
             return shift_N + self.layout.sum_((logits_NV - shift_N[:, None]).exp().sum(1)).log()
 
-    def _local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        check_ids(ids, self.vocab_size)
-        columns = ids - self.first_id
-        here = (columns >= 0) & (columns < self.logits_NV.shape[1])
-        return torch.where(here, columns, 0), here
-
     def rows(self, per_token: Tensor) -> Tensor:
         return self.layout.rows(per_token)
 
     def logsumexp(self) -> Tensor:
-        return _LogSumExp.apply(self.logits_NV, self._lse_N, self.layout)
+        return self._bind(self.rows(self._lse_N), _logsumexp_gradient)
 
     def logprob(self, ids_N: Tensor) -> Tensor:
-        return _LogProb.apply(self.logits_NV, self._lse_N, *self._local(ids_N), self.layout)
+        check_ids(ids_N, self.vocab_size)
+        column_N1 = (ids_N - self.ids.start)[:, None]
+        with torch.no_grad():
+            value_n = self.layout.reduce(_pick(self.logits_NV, column_N1))[:, 0] - self.rows(self._lse_N)
+        return self._bind(value_n, _logprob_gradient, column_N1)
 
     def gather(self, ids_NK: Tensor) -> Tensor:
-        return _Gather.apply(self.logits_NV, *self._local(ids_NK), self.layout)
+        check_ids(ids_NK, self.vocab_size)
+        return _Gather.apply(self.logits_NV, ids_NK - self.ids.start, self.layout)
 
     @torch.no_grad()
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         check_topk(k, self.vocab_size)
-        mine = min(k, self.logits_NV.shape[1])
-        values_NK, ids_NK = topk_filler(self.logits_NV.new_empty(len(self.logits_NV), k))
-        values_NK[:, :mine], ids_NK[:, :mine] = ordered_topk(self.logits_NV, mine, self.first_id)
-        values_NK, ids_NK = merge_topk(values_NK, ids_NK, self.layout)
+        mine = ordered_topk(self.logits_NV, k, self.ids.start)
+        values_NK, ids_NK = merge_topk(*mine, k, self.shards, self.layout)
         return self.rows(values_NK), self.rows(ids_NK)
 
     def entropy(self) -> Tensor:
-        return _Entropy.apply(self.logits_NV, self._lse_N, self.layout)
+        with torch.no_grad():
+            entropy_N = self.layout.sum_(torch.special.entr(_softmax(self.logits_NV, self._lse_N)).sum(1))
+        return self._bind(self.rows(entropy_N), _entropy_gradient, entropy_N)
 
     def log_softmax(self) -> Tensor:
         return _LogSoftmax.apply(self.logits_NV, self._lse_N, self.layout)
@@ -154,94 +162,88 @@ class ParallelVocab:
     def vocab_sum(self, x_NV: Tensor) -> Tensor:
         return _VocabSum.apply(x_NV, self.layout)
 
-
-def shard_columns(width: int, vocab_size: int, layout: TokenLayout) -> tuple[int, int]:
-    """The first id of this rank's shard, and how many of its columns are ids; the rest is padding."""
-    if width * layout.size < vocab_size:
-        raise ValueError(f"{layout.size} shards of {width} columns cannot hold a vocabulary of {vocab_size}")
-    first_id = width * layout.rank
-    return first_id, min(max(vocab_size - first_id, 0), width)
+    def _bind(self, value_n: Tensor, gradient: Callable[..., tuple[Tensor]], *saved: Tensor) -> Tensor:
+        return PerToken.apply(value_n, self.layout, gradient, self.logits_NV, self._lse_N, *saved)
 
 
-def topk_filler(values_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Impossible candidates ``[N, K]``: every rank offers K, and a shard narrower than that fills up with them."""
-    return torch.full_like(values_NK, -torch.inf), torch.full_like(values_NK, -1, dtype=torch.int64)
-
-
-def merge_topk(values_NK: Tensor, ids_NK: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-    """The K best of every shard's K best, all rows on every rank."""
-    candidates = [torch.empty_like(values_NK) for _ in range(layout.size)]
-    dist.all_gather(candidates, values_NK, group=layout.group)
-    candidate_ids = [torch.empty_like(ids_NK) for _ in range(layout.size)]
-    dist.all_gather(candidate_ids, ids_NK, group=layout.group)
-    return best_candidates(torch.cat(candidates, dim=1), torch.cat(candidate_ids, dim=1), values_NK.shape[1])
+def merge_topk(
+    values_NC: Tensor, ids_NC: Tensor, k: int, shards: list[range], layout: TokenLayout
+) -> tuple[Tensor, Tensor]:
+    """The k best of every shard's k best (or of all that it has), all rows on every rank."""
+    # All ranks send k candidates, as collectives want it; what a shard narrower than that fills up with is cut off.
+    gathered = []
+    for candidates in (values_NC, ids_NC):
+        mine = F.pad(candidates, (0, k - candidates.shape[1]))
+        everyones = [torch.empty_like(mine) for _ in shards]
+        dist.all_gather(everyones, mine, group=layout.group)
+        gathered.append(torch.cat([part[:, : len(ids)] for part, ids in zip(everyones, shards)], dim=1))
+    return best_candidates(gathered[0], gathered[1], k)
 
 
 def best_candidates(values_NC: Tensor, ids_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of C candidates that stand in ascending order of their ids wherever values are equal."""
-    # A stable sort keeps ties at the lower id; the fillers must sort behind real logits of -inf.
-    filler = torch.sort(ids_NC < 0, dim=1, stable=True).indices
-    values_NC, ids_NC = values_NC.gather(1, filler), ids_NC.gather(1, filler)
-    order = torch.sort(values_NC.float(), dim=1, descending=True, stable=True).indices[:, :k]
-    return values_NC.gather(1, order), ids_NC.gather(1, order)
+    values_NK, place_NK = ordered_topk(values_NC, k)
+    return values_NK, ids_NC.gather(1, place_NK)
+
+
+class PerToken(torch.autograd.Function):
+    """Gives a result per token, made without autograd, the gradients of what it was made of.
+
+    ``gradients(grad_N, *inputs)`` is handed the result's gradient for all N rows and returns those of the first inputs;
+    the inputs after these are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value_n: Tensor, layout: TokenLayout, gradients: Callable[..., tuple[Any, ...]], *inputs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.layout, ctx.gradients = layout, gradients
+        return value_n.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        given = ctx.gradients(ctx.layout.expand(grads[0]), *inputs)
+        return None, None, None, *given, *[None] * (len(inputs) - len(given))
 
 
 def _softmax(logits_NV: Tensor, lse_N: Tensor) -> Tensor:
     return (logits_NV - lse_N[:, None]).exp()
 
 
-class _LogSumExp(torch.autograd.Function):
+def _logsumexp_gradient(grad_N: Tensor, logits_NV: Tensor, lse_N: Tensor) -> tuple[Tensor]:
     """d lse / dz_v = p_v."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, lse_N: Tensor, layout: TokenLayout) -> Tensor:
-        ctx.save_for_backward(logits_NV, lse_N)
-        ctx.layout = layout
-        return layout.rows(lse_N).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, lse_N = ctx.saved_tensors
-        grad_N = ctx.layout.expand(grads[0])
-        return _softmax(logits_NV, lse_N).mul_(grad_N[:, None]), None, None
+    return (_softmax(logits_NV, lse_N).mul_(grad_N[:, None]),)
 
 
-class _LogProb(torch.autograd.Function):
+def _logprob_gradient(grad_N: Tensor, logits_NV: Tensor, lse_N: Tensor, column_N1: Tensor) -> tuple[Tensor]:
     """d log p_y / dz_v = [v = y] - p_v, on every rank, whether or not it holds y."""
+    grad_NV = _softmax(logits_NV, lse_N).mul_(-grad_N[:, None])
+    return (scatter_add_(grad_NV, column_N1, grad_N[:, None]),)
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, lse_N: Tensor, column_N: Tensor, here_N: Tensor, layout: TokenLayout
-    ) -> Tensor:
-        ctx.save_for_backward(logits_NV, lse_N, column_N, here_N)
-        ctx.layout = layout
-        return layout.reduce(_pick(logits_NV, column_N[:, None], here_N[:, None]))[:, 0] - layout.rows(lse_N)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits_NV, lse_N, column_N, here_N = ctx.saved_tensors
-        grad_N = ctx.layout.expand(grads[0])
-        grad_NV = _softmax(logits_NV, lse_N).mul_(-grad_N[:, None])
-        _scatter_add_(grad_NV, column_N[:, None], torch.where(here_N, grad_N, 0.0)[:, None])
-        return grad_NV, None, None, None, None
+def _entropy_gradient(grad_N: Tensor, logits_NV: Tensor, lse_N: Tensor, entropy_N: Tensor) -> tuple[Tensor]:
+    """H = lse - sum_v p_v z_v;  dH/dz_v = -p_v (log p_v + H)."""
+    p_NV = _softmax(logits_NV, lse_N)
+    # -p log p is entr(p), which is 0 at p = 0 where p * log p would be NaN.
+    return ((torch.special.entr(p_NV) - p_NV * entropy_N[:, None]).mul_(grad_N[:, None]),)
 
 
 class _Gather(torch.autograd.Function):
-    """Logits of given ids; repeated ids add up in the backward."""
+    """Logits of given ids; repeated ids add up in the backward, which does not need the logits themselves."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, column_NK: Tensor, here_NK: Tensor, layout: TokenLayout) -> Tensor:
-        ctx.save_for_backward(column_NK, here_NK)
+    def forward(ctx: Any, logits_NV: Tensor, column_NK: Tensor, layout: TokenLayout) -> Tensor:
+        ctx.save_for_backward(column_NK)
         ctx.shape, ctx.layout = logits_NV.shape, layout
-        return layout.reduce(_pick(logits_NV, column_NK, here_NK))
+        return layout.reduce(_pick(logits_NV, column_NK))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        column_NK, here_NK = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (column_NK,) = ctx.saved_tensors
         grad_NK = ctx.layout.expand(grads[0])
-        grad_NV = grad_NK.new_zeros(ctx.shape)
-        _scatter_add_(grad_NV, column_NK, torch.where(here_NK, grad_NK, 0.0))
-        return grad_NV, None, None, None
+        return scatter_add_(grad_NK.new_zeros(ctx.shape), column_NK, grad_NK), None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -274,32 +276,22 @@ class _VocabSum(torch.autograd.Function):
         return ctx.layout.expand(grads[0])[:, None].expand(ctx.shape), None
 
 
-class _Entropy(torch.autograd.Function):
-    """H = lse - sum_v p_v z_v;  dH/dz_v = -p_v (log p_v + H)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, lse_N: Tensor, layout: TokenLayout) -> Tensor:
-        entropy_N = layout.sum_(torch.special.entr(_softmax(logits_NV, lse_N)).sum(1))
-        ctx.save_for_backward(logits_NV, lse_N, entropy_N)
-        ctx.layout = layout
-        return layout.rows(entropy_N).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, lse_N, entropy_N = ctx.saved_tensors
-        grad_N = ctx.layout.expand(grads[0])
-        p_NV = _softmax(logits_NV, lse_N)
-        # -p log p is entr(p), which is 0 at p = 0 where p * log p would be NaN.
-        return (torch.special.entr(p_NV) - p_NV * entropy_N[:, None]).mul_(grad_N[:, None]), None, None
-
-
-def _pick(logits_NV: Tensor, column_NK: Tensor, here_NK: Tensor) -> Tensor:
+def _pick(logits_NV: Tensor, column_NK: Tensor) -> Tensor:
+    """Logits of columns, 0 for those of other shards."""
     if logits_NV.shape[1] == 0:
         return logits_NV.new_zeros(column_NK.shape)
-    return torch.where(here_NK, logits_NV.gather(1, column_NK), 0.0)
+    here_NK = _is_here(column_NK, logits_NV)
+    return torch.where(here_NK, logits_NV.gather(1, torch.where(here_NK, column_NK, 0)), 0.0)
 
 
-def _scatter_add_(grad_NV: Tensor, column_NK: Tensor, values_NK: Tensor) -> None:
-    # Ids of other shards point at column 0 with value 0: adding keeps that column's own gradient.
-    if grad_NV.shape[1]:
-        grad_NV.scatter_add_(1, column_NK, values_NK)
+def scatter_add_(grad_NV: Tensor, column_NK: Tensor, values_NK: Tensor) -> Tensor:
+    """Add to columns in place; those of other shards or chunks add nothing."""
+    if grad_NV.shape[1] == 0:
+        return grad_NV
+    here_NK = _is_here(column_NK, grad_NV)
+    # Absent columns point at column 0 with value 0: adding keeps that column's own gradient.
+    return grad_NV.scatter_add_(1, torch.where(here_NK, column_NK, 0), torch.where(here_NK, values_NK, 0.0))
+
+
+def _is_here(column_NK: Tensor, x_NV: Tensor) -> Tensor:
+    return (column_NK >= 0) & (column_NK < x_NV.shape[1])

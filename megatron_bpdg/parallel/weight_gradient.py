@@ -10,7 +10,6 @@ class WeightGradient:
     """Collects the gradient of ``weight_VH`` during one backward.
 
     Args:
-        weight_VH: the weight.
         accumulate: add to ``weight_VH.main_grad``, as Megatron-Core's own linear layers do under
             gradient_accumulation_fusion. `result` is then a placeholder that its data-parallel hook leaves out, or, for
             a weight that embeddings share, zeros to which their gradient is added.
@@ -29,18 +28,18 @@ class WeightGradient:
         self.weight_VH = weight_VH
         self.accumulate = accumulate
         self.total_VH: Tensor = (
-            weight_VH.main_grad if accumulate else torch.zeros_like(weight_VH, dtype=dtype)  # type: ignore[attr-defined]
+            weight_VH.main_grad  # type: ignore[attr-defined]
+            if accumulate
+            else torch.zeros_like(weight_VH, dtype=dtype, memory_format=torch.contiguous_format)
         )
 
     def add_product(self, start: int, stop: int, a: Tensor, b: Tensor) -> None:
         """Add ``a @ b`` to rows start ... stop; without `accumulate`, each row gets one product only."""
         rows = self.total_VH[start:stop]
-        if not self.accumulate:
-            torch.mm(a, b, out=rows)
-        elif rows.dtype == a.dtype:
-            rows.addmm_(a, b)
+        if self.accumulate:
+            addmm_(rows, a, b)
         else:
-            rows.add_(a @ b)
+            torch.mm(a, b, out=rows)
 
     def add_rows(self, index_E: Tensor, rows_EH: Tensor) -> None:
         """Add rows; repeated ones add up, in a fixed order under `torch.use_deterministic_algorithms`."""
@@ -53,3 +52,11 @@ class WeightGradient:
         self.weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         make = torch.zeros_like if getattr(self.weight_VH, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight_VH)
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` in place, whatever the dtype of the total."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

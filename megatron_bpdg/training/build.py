@@ -87,7 +87,8 @@ def build_run(cfg: RunConfig) -> Run:
         needs = run.updater.objective.needs
         source = teacher_source(cfg.teacher)
         teacher_folder = _folder(source, "teacher.checkpoint")
-        teacher_shape = run.teacher_shape = ModelShape.from_hf(read_hf_config(teacher_folder))
+        run.teacher_hf_config = read_hf_config(teacher_folder)
+        teacher_shape = ModelShape.from_hf(run.teacher_hf_config)
         check_same_vocabulary(run.student.shape, run.tokenizer, teacher_shape, teacher_folder)
         ends, teachers = (end_ids(f, run.tokenizer, f.name) for f in (run.hf_folder, teacher_folder))
         if ends != teachers:

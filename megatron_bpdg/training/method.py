@@ -18,15 +18,8 @@ from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.user import UserClass
 from megatron_bpdg.config.weights import Fixed, GateConfig, Newline, PartitionConfig, SequencePartition, TokenPartition
 from megatron_bpdg.controllers.factor import Live, Prepared
-from megatron_bpdg.drift import (
-    FixedBlocks,
-    Gate,
-    NewlineSpans,
-    Partition,
-    WholeSequence,
-    newline_token_ids,
-    token_partition,
-)
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.partition import FixedBlocks, NewlineSpans, Partition, WholeSequence, newline_token_ids
 from megatron_bpdg.objectives.objective import (
     FullVocabularyObjective,
     LocalSupportObjective,
@@ -47,7 +40,7 @@ def build_partition(config: PartitionConfig, tokenizer: Any) -> Partition:
             ids = newline_token_ids(tokenizer.decode, len(tokenizer))
             return NewlineSpans(ids, config.min_size, config.max_size)
         case TokenPartition():
-            return token_partition()
+            return FixedBlocks(1)
         case SequencePartition():
             return WholeSequence()
         case UserClass():

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.config.load import dump_config
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.trajectory import Trajectory
@@ -52,10 +53,9 @@ class Recorder:
                     output, self.cfg.logging.tensorboard, self.cfg.logging.wandb, self.cfg.model_dump(mode="json")
                 )
             )
-            shapes = {"student": self.run.student.shape}
-            if self.run.teacher_shape is not None:
-                shapes["teacher"] = self.run.teacher_shape
-            self.metrics.log(0, {f"model/{role}_parameters": shape.num_parameters for role, shape in shapes.items()})
+            models = {"student": self.run.hf_config, "teacher": self.run.teacher_hf_config}
+            parameters = {role: mapping_for(config).num_parameters for role, config in models.items() if config}
+            self.metrics.log(0, {f"model/{role}_parameters": number for role, number in parameters.items()})
             self.samples = self._exits.enter_context((output / "samples.jsonl").open("a"))
             self.progress = self._exits.enter_context(TrainingProgress(self.cfg.training.steps, output.name))
             for text in self.run.warnings:

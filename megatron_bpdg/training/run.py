@@ -17,11 +17,10 @@ from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.graders import Grader
 from megatron_bpdg.data.prompts import Prompts
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import Partition
+from megatron_bpdg.drift.partition import Partition
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.evaluation.evaluate import evaluate
 from megatron_bpdg.models.policy import MegatronPolicy, to_batches
-from megatron_bpdg.models.qwen3 import ModelShape
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.together import everyone
 from megatron_bpdg.rollout.engine import Probe, RolloutEngine
@@ -60,7 +59,7 @@ class Run:
     benchmarks: dict[str, Prompts] = field(default_factory=dict)
     # What the user should know, though the run goes on.
     warnings: list[str] = field(default_factory=list)
-    teacher_shape: ModelShape | None = None
+    teacher_hf_config: dict[str, Any] | None = None
     _teacher: Teacher | None = None
 
     @property

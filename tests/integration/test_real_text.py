@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_bpdg.config import RunConfig
 from megatron_bpdg.data.prompts import encode_prompts, load_problems
-from megatron_bpdg.drift import newline_token_ids
+from megatron_bpdg.drift.partition import newline_token_ids
 from megatron_bpdg.training.loop import distill
 from tests.integration.miniature import metrics, read_lines, write_model, write_shape
 

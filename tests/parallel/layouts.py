@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from megatron_bpdg.controllers.factor import Live, Prepared
 from megatron_bpdg.data.batch import by_tokens
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import Gate, Segments, Signals, TeacherSignal
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.signals import Segments, Signals, TeacherSignal
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.objectives.vocabulary import DenseVocab
 from megatron_bpdg.training.method import build_objective

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import FixedBlocks
+from megatron_bpdg.drift.partition import FixedBlocks
 
 VOCAB = 18
 

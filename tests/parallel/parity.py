@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from megatron_bpdg.config.objective import ObjectiveConfig
-from megatron_bpdg.drift import Gate, Segments, Signals, TeacherSignal, no_reduce
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.signals import Segments, Signals, TeacherSignal, no_reduce
 from megatron_bpdg.objectives.vocabulary import DenseVocab, VocabOps
 from megatron_bpdg.parallel.sequence import sum_over
 from megatron_bpdg.parallel.vocab import ParallelVocab, TokenLayout

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_bpdg.drift import FixedBlocks
+from megatron_bpdg.drift.partition import FixedBlocks
 from megatron_bpdg.objectives.vocabulary import DenseVocab
 
 JUNK = 1e4

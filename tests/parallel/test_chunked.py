@@ -51,7 +51,7 @@ class OwnerOnly(ChunkedVocab):
         grad_Nv = super().logits_gradient(logits_Nv, start, term, grad_N)
         if term.column_N is None:
             return grad_Nv
-        return grad_Nv * ((term.column_N >= 0) & (term.column_N < self.num_valid))[:, None]
+        return grad_Nv * ((term.column_N >= 0) & (term.column_N < len(self.ids)))[:, None]
 
 
 class OtherChunks(ChunkedVocab):
@@ -124,9 +124,9 @@ def counts() -> dict[str, Any]:
     columns: list[int] = []
     product = ChunkedVocab.product
 
-    def counted(self: ChunkedVocab, hidden: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+    def counted(self: ChunkedVocab, start: int, stop: int) -> Tensor:
         columns.append(stop - start)
-        return product(self, hidden, weight, start, stop)
+        return product(self, start, stop)
 
     found: dict[str, Any] = {}
     # Chunks of three columns; room for none of them, for two and a half, and for all.

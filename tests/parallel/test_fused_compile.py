@@ -70,7 +70,7 @@ def launch_all(dtype: torch.dtype) -> None:
     ops.sweep_shard(0, keep=False)
     per_token_N, column_N = torch.zeros(TOKENS), torch.zeros(TOKENS, dtype=torch.int64)
     for term in (Term(per_token_N), Term(per_token_N, column_N=column_N), Term(per_token_N, entropy_N=per_token_N)):
-        ops.chunk_gradient(hidden_NH, weight_VH, 0, 1024, term, per_token_N)
+        ops.chunk_gradient(0, 1024, term, per_token_N)
     pairs, grad_NK = ops.pairs(column_N[:, None].expand(-1, K)), torch.zeros(TOKENS, K)
     pairs.dot(hidden_NH, weight_VH)
     pairs.hidden_gradient(grad_NK, hidden_NH, weight_VH)

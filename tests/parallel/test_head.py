@@ -59,8 +59,8 @@ def dense(loss_of: str) -> tuple[Tensor, Tensor, float]:
 
 def gradient_errors(kinds: Sequence[HeadKind], dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Largest differences to the dense product in float64, on this rank, by layout, head and loss."""
-    from megatron_bpdg.parallel.platform import cpu_platform
     from megatron_bpdg.parallel.vocab import TokenLayout
+    from tests.cpu import cpu_platform
 
     group = dist.group.WORLD
     assert group is not None

@@ -55,7 +55,7 @@ def largest_tensors(layout_fields: dict[str, Any], models: Path) -> dict[str, tu
     from megatron_bpdg.config.layout import Layout
     from megatron_bpdg.config.objective import ObjectiveConfig
     from megatron_bpdg.config.training import Training
-    from megatron_bpdg.drift import Gate
+    from megatron_bpdg.drift.gate import Gate
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.models.policy import MegatronPolicy, to_batches
     from megatron_bpdg.models.qwen3 import ModelShape, build_model

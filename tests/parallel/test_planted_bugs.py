@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -64,19 +65,19 @@ class LocalRowSum(ParallelVocab):
         return _LocalRowSum.apply(self.logits_NV, self._lse_N, self.layout)
 
 
-class _OwnerOnly(vocab._LogProb):
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        here_N = ctx.saved_tensors[3]
-        grad_NV, *none = vocab._LogProb.backward(ctx, *grads)
-        return (grad_NV * here_N[:, None], *none)
+def _owner_only(
+    grad_N: Tensor, logits_NV: Tensor, lse_N: Tensor, column_N1: Tensor, gradient: Any = vocab._logprob_gradient
+) -> tuple[Tensor]:
+    (grad_NV,) = gradient(grad_N, logits_NV, lse_N, column_N1)
+    return (grad_NV * ((column_N1 >= 0) & (column_N1 < logits_NV.shape[1])),)
 
 
 class OwnerOnly(ParallelVocab):
     """Ranks that do not hold the sampled token contribute no gradient, though their softmax has one."""
 
     def logprob(self, ids_N: Tensor) -> Tensor:
-        return _OwnerOnly.apply(self.logits_NV, self._lse_N, *self._local(ids_N), self.layout)
+        with mock.patch.object(vocab, "_logprob_gradient", _owner_only):
+            return super().logprob(ids_N)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -112,19 +113,20 @@ class SummedGradients(TokenLayout):
 
 class _Overwriting(vocab._Gather):
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        column_NK, here_NK = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (column_NK,) = ctx.saved_tensors
         grad_NK = ctx.layout.expand(grads[0])
         grad_NV = grad_NK.new_zeros(ctx.shape)
-        grad_NV.scatter_(1, column_NK, torch.where(here_NK, grad_NK, 0.0))
-        return grad_NV, None, None, None
+        here_NK = (column_NK >= 0) & (column_NK < grad_NV.shape[1])
+        grad_NV.scatter_(1, torch.where(here_NK, column_NK, 0), torch.where(here_NK, grad_NK, 0.0))
+        return grad_NV, None, None
 
 
 class Overwriting(ParallelVocab):
     """Ids of other shards are parked at column 0 and written, not added: that column's own gradient is lost."""
 
     def gather(self, ids_NK: Tensor) -> Tensor:
-        return _Overwriting.apply(self.logits_NV, *self._local(ids_NK), self.layout)
+        return _Overwriting.apply(self.logits_NV, ids_NK - self.ids.start, self.layout)
 
 
 class UnmaskedPadding(ParallelVocab):

@@ -10,20 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bpdg.drift import (
-    AGGREGATORS,
-    FixedBlocks,
-    Gate,
-    Gated,
-    NewlineSpans,
-    Partition,
-    Segments,
-    Signals,
-    WholeSequence,
-    no_reduce,
-    token_partition,
-)
 from megatron_bpdg.drift.diagnostics import drift_statistics, drift_sums
+from megatron_bpdg.drift.gate import AGGREGATORS, Gate, Gated
+from megatron_bpdg.drift.partition import FixedBlocks, NewlineSpans, Partition, WholeSequence
+from megatron_bpdg.drift.signals import Segments, Signals, no_reduce
 from megatron_bpdg.drift.sums import NamedSums
 from megatron_bpdg.parallel.sequence import pad_to_multiple, sum_over
 from tests.parallel.spawn import run_ranks
@@ -33,7 +23,7 @@ PARTITIONS: dict[str, Partition] = {
     "fixed": FixedBlocks(5),
     "newline": NewlineSpans({NEWLINE}, min_size=2, max_size=7),
     "sequence": WholeSequence(),
-    "token": token_partition(),
+    "token": FixedBlocks(1),
 }
 LENGTHS = (3, 12, 2, 20)
 ROWS = 20

@@ -15,7 +15,7 @@ from tests.parallel.spawn import run_ranks
 def waited() -> tuple[float, int, bool]:
     """Seconds, collectives, and whether the future was done: rank 1 has one that takes its time, rank 0 none."""
     from megatron_bpdg.parallel import together
-    from megatron_bpdg.parallel.platform import cpu_platform
+    from tests.cpu import cpu_platform
 
     slow: Future[None] = Future()
     mine = [slow] if dist.get_rank() == 1 else []

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.teacher import Teacher
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import FixedBlocks
+from megatron_bpdg.drift.partition import FixedBlocks
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.serving.http.pool import ServingError
 from megatron_bpdg.teacher.megatron import MegatronTeacher

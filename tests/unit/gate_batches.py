@@ -10,7 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_bpdg.drift import FixedBlocks, Gate, Gated, Segments, Signals
+from megatron_bpdg.drift.gate import Gate, Gated
+from megatron_bpdg.drift.partition import FixedBlocks
+from megatron_bpdg.drift.signals import Segments, Signals
 
 
 @dataclass(frozen=True)

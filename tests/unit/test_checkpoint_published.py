@@ -14,7 +14,7 @@ from megatron_bpdg.checkpoint.mapping import mapping_for
 from megatron_bpdg.checkpoint.patterns import Expert
 from megatron_bpdg.checkpoint.torch_dist_writer import megatron_args
 from megatron_bpdg.models.hf_config import read_hf_config
-from megatron_bpdg.models.shape import SIZES
+from tests.published import SIZES
 
 # Parameters of each release, a tied embedding counted once.
 PUBLISHED = {

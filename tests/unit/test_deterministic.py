@@ -13,9 +13,9 @@ import torch
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.training import Training
 from megatron_bpdg.models.qwen3 import ModelShape, transformer_config
-from megatron_bpdg.parallel.platform import cpu_platform
 from megatron_bpdg.training.deterministic import VARIABLES, deterministic
 from megatron_bpdg.training.fits import fuses_gradient_accumulation
+from tests.cpu import cpu_platform
 
 SHAPE = ModelShape(2, 32, 64, 4, 2, tie_word_embeddings=True, head_dim=8, vocab_size=16)
 EXTENSION = "fused_weight_gradient_mlp_cuda"

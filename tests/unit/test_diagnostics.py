@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_bpdg.drift import Gate
 from megatron_bpdg.drift.diagnostics import BINS, drift_by_block, drift_shapes, drift_statistics, drift_sums
+from megatron_bpdg.drift.gate import Gate
 from megatron_bpdg.drift.sums import NamedSums
 from tests.unit.gate_batches import Batch, batches
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_bpdg.controllers.factor import Factor, drop, plain, prepare, product, select, unit_mean
-from megatron_bpdg.drift import Gate, no_reduce
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.signals import no_reduce
 from tests.unit.gate_batches import Batch, batches
 
 

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_bpdg.drift import AGGREGATORS, Gate, Segments, Signals, segment_mean
-from megatron_bpdg.drift.gate import UnitMean
+from megatron_bpdg.drift.gate import AGGREGATORS, Gate, UnitMean
+from megatron_bpdg.drift.signals import Segments, Signals
 from tests.unit.gate_batches import Batch, batches, grid, naive_gate, step_loss
 
 SCOPES: tuple[UnitMean, ...] = ("global", "sequence", "microbatch")
@@ -267,13 +267,11 @@ def test_bfloat16_log_probs_are_subtracted_in_float32(batch: Batch) -> None:
     assert torch.equal(low.weight_n, high.weight_n)
 
 
-def test_segment_mean() -> None:
-    mean_G, count_G = segment_mean(
-        torch.tensor([1.0, 3.0, math.nan, 5.0]),
-        torch.tensor([0, 0, 0, 2]),
-        3,
-        torch.tensor([True, True, False, True]),
-    )
+def test_mean_of_segments() -> None:
+    mask_n, zero_n = torch.tensor([True, True, False, True]), torch.zeros(4)
+    blocks = Segments(torch.tensor([0, 0, 0, 2]), 3)
+    signals = Signals(zero_n, zero_n, mask_n, blocks, Segments(torch.zeros(4, dtype=torch.int64), 1))
+    mean_G, count_G = signals.mean(torch.tensor([1.0, 3.0, math.nan, 5.0]), blocks)
     assert mean_G.tolist() == [2.0, 0.0, 5.0]
     assert count_G.tolist() == [2.0, 0.0, 1.0]
 

@@ -15,7 +15,7 @@ from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.prompts import Problem, Prompts
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import FixedBlocks
+from megatron_bpdg.drift.partition import FixedBlocks
 from megatron_bpdg.models.policy import to_batches
 from megatron_bpdg.parallel.mesh import Mesh
 from megatron_bpdg.training.plan import Update, first_pass, micro_batches, plan_updates

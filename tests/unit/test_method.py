@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.controllers.factor import Factor, plain
-from megatron_bpdg.drift import Gate, Signals
+from megatron_bpdg.drift.gate import Gate
+from megatron_bpdg.drift.signals import Signals
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.training.fits import check_objective
 from megatron_bpdg.training.method import build_factors, build_gate, build_objective, build_partition

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from megatron_bpdg.config.objective import ObjectiveConfig
-from megatron_bpdg.drift import Segments, Signals, TeacherSignal
+from megatron_bpdg.drift.signals import Segments, Signals, TeacherSignal
 from megatron_bpdg.objectives.divergence import divergence, forward_kl, jsd, reverse_kl
 from megatron_bpdg.objectives.local_support import local_support_loss, log_rest
 from megatron_bpdg.objectives.sampled_token import sampled_token_loss

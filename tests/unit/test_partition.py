@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_bpdg.data.batch import collate
 from megatron_bpdg.data.trajectory import Trajectory
-from megatron_bpdg.drift import FixedBlocks, NewlineSpans, Partition, WholeSequence, newline_token_ids, token_partition
+from megatron_bpdg.drift.partition import FixedBlocks, NewlineSpans, Partition, WholeSequence, newline_token_ids
 
 NEWLINE = 7
 
@@ -31,7 +31,7 @@ def test_fixed_blocks_and_their_shorter_tail() -> None:
 
 def test_whole_sequence_and_tokens() -> None:
     assert WholeSequence()(ids(1, 2, 3)).tolist() == [0, 0, 0]
-    assert token_partition()(ids(1, 2, 3)).tolist() == [0, 1, 2]
+    assert FixedBlocks(1)(ids(1, 2, 3)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_any_of_several_newline_tokens_ends_a_span() -> None:
 partitions = st.one_of(
     st.integers(1, 9).map(FixedBlocks),
     st.just(WholeSequence()),
-    st.just(token_partition()),
+    st.just(FixedBlocks(1)),
     st.tuples(st.integers(1, 6), st.integers(0, 6)).map(
         lambda sizes: NewlineSpans({NEWLINE}, min_size=sizes[0], max_size=sizes[0] + sizes[1])
     ),

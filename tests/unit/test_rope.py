@@ -46,5 +46,3 @@ def test_equal_to_transformers(name: str, theta: float) -> None:
 def test_unscaled() -> None:
     assert rope_scaling(None) is None
     assert frequencies(4, 100.0).tolist() == pytest.approx([1.0, 0.1])
-    with pytest.raises(ValueError, match="rope_type 'linear' is not supported"):
-        rope_scaling({"rope_type": "linear", "factor": 2.0})
