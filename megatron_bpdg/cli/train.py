@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_bpdg.cli.common import console, quiet_libraries
-from megatron_bpdg.parallel.launch import launch, launched
+from megatron_bpdg.parallel.launch import launch, launched, stay_with_launcher
 
 Overrides = Annotated[
     list[str] | None,
@@ -29,6 +29,8 @@ def train(
     Started as a plain command, it launches one process per rank of `layout` on this machine. Under torchrun
     (WORLD_SIZE is set) it is one of the ranks.
     """
+    if launched():
+        stay_with_launcher()
     from megatron_bpdg.config import check_paths, load_config
     from megatron_bpdg.config.load import input_paths
     from megatron_bpdg.tracking.run_directory import check_output, claimed
