@@ -9,25 +9,23 @@ from __future__ import annotations
 import sys
 
 # What the extra brings, by import name.
-TRAIN = frozenset(
-    [
-        "aiohttp",
-        "jinja2",
-        "math_verify",
-        "matplotlib",
-        "megatron",
-        "packaging",
-        "psutil",
-        "pyarrow",
-        "pydantic",
-        "rich",
-        "safetensors",
-        "tensorboard",
-        "transformers",
-        "typer",
-        "yaml",
-    ]
-)
+TRAIN = {
+    "aiohttp",
+    "jinja2",
+    "math_verify",
+    "matplotlib",
+    "megatron",
+    "packaging",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "transformers",
+    "typer",
+    "yaml",
+}
 
 
 def text_of(error: Exception) -> str:

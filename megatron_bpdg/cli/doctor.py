@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,23 +17,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# distribution name -> (import name, what it is for)
-_REQUIRED = {
-    "torch": ("torch", "everything"),
-    "megatron-core": ("megatron.core", "the trainer; >=0.16,<0.20; from 0.18 on CPU also needs triton"),
-    "transformers": ("transformers", "tokenizers, the embedded sampler"),
-    "safetensors": ("safetensors", "HF checkpoints"),
-    "math-verify": ("math_verify", "the default grader"),
-    "psutil": ("psutil", "Megatron-Core's checkpoint writer"),
-}
-_OPTIONAL = {
-    "transformer-engine": ("transformer_engine", "[te]: fused layers on GPU"),
-    "apex": ("amp_C", "fused Adam; built from NVIDIA's sources, not the PyPI package of that name"),
-    "sglang": ("sglang", "[sglang]: rollout and teacher servers"),
-    "nvidia-modelopt": ("modelopt", "[modelopt]"),
-    "wandb": ("wandb", "[wandb]: metrics"),
-    "tensorboard": ("tensorboard", "metrics"),
-}
+# (distribution, import name, required, what it is for)
+_PACKAGES = (
+    ("torch", "torch", True, "everything"),
+    ("megatron-core", "megatron.core", True, "the trainer; >=0.16,<0.20; from 0.18 on CPU also needs triton"),
+    ("transformers", "transformers", True, "tokenizers, the embedded sampler"),
+    ("safetensors", "safetensors", True, "HF checkpoints"),
+    ("math-verify", "math_verify", True, "the default grader"),
+    ("psutil", "psutil", True, "Megatron-Core's checkpoint writer"),
+    ("transformer-engine", "transformer_engine", False, "[te]: fused layers on GPU"),
+    ("apex", "amp_C", False, "fused Adam; built from NVIDIA's sources, not the PyPI package of that name"),
+    ("sglang", "sglang", False, "[sglang]: rollout and teacher servers"),
+    ("nvidia-modelopt", "modelopt", False, "[modelopt]"),
+    ("wandb", "wandb", False, "[wandb]: metrics"),
+    ("tensorboard", "tensorboard", False, "metrics"),
+)
 
 
 def doctor(
@@ -45,61 +42,45 @@ def doctor(
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the servers' API key.")] = None,
 ) -> None:
     """Say what this installation, and servers, can do and what is missing."""
-    if not diagnose(Console(), server or [], checkpoint, api_key_env):
+    if not server and (checkpoint is not None or api_key_env is not None):
+        raise ValueError("--checkpoint and --api-key-env are about servers: name one with --server")
+    healthy = _diagnose_installation()
+    if server:
+        healthy &= _diagnose_servers(server, checkpoint, api_key_env)
+    if not healthy:
         raise typer.Exit(1)
 
 
-def diagnose(console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None) -> bool:
-    """Print what is there.
-
-    Args:
-        servers: URLs of SGLang servers to ask as well.
-        checkpoint: the student's; the servers must have its tokenizer and its vocabulary.
-        api_key_env: environment variable with the servers' key.
-
-    Returns:
-        Whether everything required is there and every server is fit.
-
-    Raises:
-        ValueError: options that do not go together, or a variable that is not set.
-        FileNotFoundError: no such checkpoint.
-    """
-    if not servers and (checkpoint is not None or api_key_env is not None):
-        raise ValueError("--checkpoint and --api-key-env are about servers: name one with --server")
-    healthy = _diagnose_installation(console)
-    if servers:
-        healthy &= _diagnose_servers(console, servers, checkpoint, api_key_env)
-    return healthy
-
-
-def _diagnose_installation(console: Console) -> bool:
+def _diagnose_installation() -> bool:
     import torch
 
     healthy = True
     table = Table("", "found", "for", title="bpdg doctor", title_justify="left")
     table.add_row("python", sys.version.split()[0], "3.11 or newer")
-    for names, required in ((_REQUIRED, True), (_OPTIONAL, False)):
-        for name, (module, purpose) in names.items():
-            found = _version(name, module)
-            healthy &= found is not None or not required
-            if name == "megatron-core" and found and not Version("0.16") <= Version(found) < Version("0.20"):
+    for name, module, required, purpose in _PACKAGES:
+        found = "[red]missing[/]" if required else "not installed"
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            healthy &= not required
+        else:
+            try:
+                found = version(name)
+            except PackageNotFoundError:
+                found = "importable"
+            if name == "megatron-core" and not Version("0.16") <= Version(found) < Version("0.20"):
                 healthy, found = False, f"[red]{found}: not supported[/]"
-            table.add_row(name, found or ("[red]missing[/]" if required else "not installed"), escape(purpose))
+        table.add_row(name, found, escape(purpose))
     if torch.cuda.is_available():
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
         table.add_row("device", device, "NCCL")
     else:
         table.add_row("device", f"CPU, {os.cpu_count()} cores", "gloo, through the CPU platform")
     problem = _run_tiny_model()
-    healthy &= problem is None
     table.add_row("a tiny Qwen3 on Megatron-Core", f"[red]{escape(problem)}[/]" if problem else "runs", "training")
-    console.print(table)
-    return healthy
+    Console().print(table)
+    return healthy and problem is None
 
 
-def _diagnose_servers(
-    console: Console, servers: Sequence[str], checkpoint: Path | None, api_key_env: str | None
-) -> bool:
+def _diagnose_servers(servers: list[str], checkpoint: Path | None, api_key_env: str | None) -> bool:
     from megatron_bpdg.checkpoint.directory import hf_folder
     from megatron_bpdg.data.end_tokens import end_ids
     from megatron_bpdg.models.hf_config import read_hf_config
@@ -122,7 +103,7 @@ def _diagnose_servers(
             table.add_row(name, escape(value))
         for problem in problems:
             table.add_row("[red]problem[/]", f"[red]{escape(problem)}[/]")
-        console.print(table)
+        Console().print(table)
         healthy &= not problems
     return healthy
 
@@ -168,15 +149,6 @@ async def _ask(url: str, key: str | None, tokenizer: Any, vocab_size: int | None
         except (ServerError, ValueError) as error:
             problems.append(str(error))
     return rows, problems
-
-
-def _version(name: str, module: str) -> str | None:
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        return None
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "importable"
 
 
 def _run_tiny_model() -> str | None:

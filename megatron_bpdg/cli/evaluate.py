@@ -31,7 +31,6 @@ def evaluate(
     from megatron_bpdg.config.rollout import Sampling
     from megatron_bpdg.data.graders import grader_named
     from megatron_bpdg.evaluation.benchmark import append_eval
-    from megatron_bpdg.evaluation.bootstrap import bootstrap
     from megatron_bpdg.evaluation.evaluate import evaluate_checkpoint
     from megatron_bpdg.tracking.tables import summary_table
 
@@ -53,8 +52,7 @@ def evaluate(
     for result in results:
         row: dict[str, object] = {"benchmark": result.benchmark, "problems": len(result.problem_ids)}
         for value in k:
-            score = bootstrap(result.correct, samples, value)
-            row[f"pass@{value} %"] = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+            row[f"pass@{value} %"] = result.pass_at(value).percent
         rows.append({**row, "truncated": result.truncated_fraction, "tokens": result.mean_response_tokens})
         if output is not None:
             append_eval(output, result)

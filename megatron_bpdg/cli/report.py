@@ -45,15 +45,13 @@ def report(
 
 def _rows(rows: Iterable[Comparison], before: str, after: str) -> list[dict[str, object]]:
     """For `summary_table`: percent, with the interval of the difference."""
-    from megatron_bpdg.report.compare import points
-
     return [
         {
             "benchmark": row.benchmark,
             "metric": f"pass@{row.k}",
             f"{before} %": f"{100 * row.before.value:.1f}",
             f"{after} %": f"{100 * row.after.value:.1f}",
-            "difference, 95 % interval": "not paired" if row.difference is None else points(row.difference),
+            "difference, 95 % interval": "not paired" if row.difference is None else row.difference.points,
         }
         for row in rows
     ]

@@ -17,7 +17,7 @@ def arithmetic(
     test_problems: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
     """Worked arithmetic: seeded problems, their worked traces, a character tokenizer, two model shapes."""
-    from megatron_bpdg.data.arithmetic import make_quickstart
+    from megatron_bpdg.data.arithmetic import make_arithmetic
 
-    make_quickstart(output, seed, train_problems, test_problems)
+    make_arithmetic(output, seed, train_problems, test_problems)
     console.print(f"arithmetic task: {output}")

@@ -12,15 +12,13 @@ import typer
 from megatron_bpdg.cli.common import console, quiet_libraries
 from megatron_bpdg.parallel.launch import launch, launched, stay_with_launcher
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes to the config, e.g. `training.lr=1e-6 gate.partition.size=32 gate=null`."),
-]
-
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see `bpdg schema` for every field.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the config, e.g. `training.lr=1e-6 gate.partition.size=32 gate=null`."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Delete the files of an earlier run in the output.")] = False,
     check: Annotated[bool, typer.Option(help="Only validate the config and the paths it names.")] = False,
 ) -> None:

@@ -15,23 +15,22 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Qwen3Config
 
-from megatron_bpdg.data.char_tokenizer import build_char_tokenizer, write_char_tokenizer
+from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.tracking.files import replacing
 
 ALPHABET = "0123456789+-=#\n"
-_PROMPT = re.compile(r"\d+([+-]\d+)+=")
+_PROMPT = re.compile(r"(\d+)((?:[+-]\d+)+)=")
 _OPERAND = re.compile(r"([+-])(\d+)")
 
 
 @dataclass(frozen=True)
 class ArithmeticTask:
-    """Difficulty of the chain.
+    """Difficulty of the chain; by default a short one of one-digit operands, learned in minutes on a laptop.
 
     Attributes:
         min_operands: fewest additions and subtractions of a prompt; each is one line of the trace.
@@ -40,9 +39,9 @@ class ArithmeticTask:
         value_digits: d; running values are taken modulo 10^d, and the start has exactly d digits.
     """
 
-    min_operands: int = 4
-    max_operands: int = 6
-    operand_digits: int = 2
+    min_operands: int = 3
+    max_operands: int = 4
+    operand_digits: int = 1
     value_digits: int = 2
 
     def __post_init__(self) -> None:
@@ -66,35 +65,23 @@ class ArithmeticTask:
         lengths = range(self.min_operands, self.max_operands + 1)
         return sum(int(starts * signed_operands**length) for length in lengths)
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        return self.value_digits + self.max_operands * (1 + self.operand_digits) + 1
-
-    @property
-    def max_response_tokens(self) -> int:
-        """Longest correct response in tokens, end-of-sequence included."""
-        line = 2 * self.value_digits + self.operand_digits + len("+=\n")
-        return self.max_operands * line + len("#") + self.value_digits + 1
-
     def sample_prompt(self, rng: random.Random) -> str:
-        start = rng.randrange(self.modulus // 10, self.modulus)
-        operands = range(rng.randint(self.min_operands, self.max_operands))
-        return f"{start}{''.join(self._sample_operand(rng) for _ in operands)}="
-
-    def _sample_operand(self, rng: random.Random) -> str:
-        digits = rng.randint(1, self.operand_digits)
-        return f"{rng.choice('+-')}{rng.randrange(10 ** (digits - 1), 10**digits)}"
+        prompt = str(rng.randrange(self.modulus // 10, self.modulus))
+        for _ in range(rng.randint(self.min_operands, self.max_operands)):
+            digits = rng.randint(1, self.operand_digits)
+            prompt += f"{rng.choice('+-')}{rng.randrange(10 ** (digits - 1), 10**digits)}"
+        return f"{prompt}="
 
     def solve(self, prompt: str) -> str:
-        """The worked response, without end-of-sequence; `final_answer` of it is the answer.
+        """The worked response, without end-of-sequence; the answer stands after its last '#'.
 
         Raises:
             ValueError: `prompt` is not of the form `37+8-5=`.
         """
-        if not _PROMPT.fullmatch(prompt):
+        chain = _PROMPT.fullmatch(prompt)
+        if chain is None:
             raise ValueError(f"prompt {prompt!r} is not a chain like '37+8-5='")
-        start = int(re.split("[+-]", prompt, maxsplit=1)[0])
-        return self._finish(start, _OPERAND.findall(prompt))
+        return self._finish(int(chain[1]), _OPERAND.findall(chain[2]))
 
     def recover(self, prompt: str, rng: random.Random) -> tuple[str, str]:
         """A slip and how to go on from it: (worked lines up to a random wrong result, the right rest).
@@ -117,28 +104,20 @@ class ArithmeticTask:
         return f"{''.join(lines)}#{value}"
 
 
-def final_answer(response: str) -> str:
-    """Text after the last '#', the part that is graded."""
-    return response.rpartition("#")[2]
-
-
 def make_arithmetic(
-    out_dir: Path, seed: int, num_train: int, num_test: int, task: ArithmeticTask | None = None
-) -> dict[str, Path]:
-    """Write the data of the embedded task; the same arguments give the same bytes.
+    out_dir: Path, seed: int, num_train: int, num_test: int, task: ArithmeticTask = ArithmeticTask()
+) -> None:
+    """Write the data of the embedded task and the shapes of its two models; the same arguments give the same bytes.
 
     Files of `out_dir`: `train.jsonl` and `test.jsonl` with {id, prompt, answer}, no prompt twice within or across them;
     `sft.jsonl` with {id, prompt, response}, the worked traces of the training prompts; `sft_recovery.jsonl`, the same
     with a slip in every second one, put into the prompt so that only the right rest is learned; `tokenizer/`.
     A teacher trained on right traces alone has little to say about a student's mistakes.
-
-    Returns:
-        Paths by name: train, test, sft, sft_recovery, tokenizer.
+    ``teacher/config.json`` describes a 4-layer Qwen3, ``student/config.json`` a narrower one with tied embeddings.
 
     Raises:
         ValueError: a negative count, or more prompts asked for than half of those the task has.
     """
-    task = task or ArithmeticTask()
     total = num_train + num_test
     if num_train < 1 or num_test < 1:
         raise ValueError(f"num_train = {num_train} and num_test = {num_test} must be at least 1")
@@ -149,51 +128,36 @@ def make_arithmetic(
             "ask for fewer or widen the task"
         )
     rng = random.Random(seed)
-    prompts: dict[str, None] = {}
-    while len(prompts) < total:
-        prompts[task.sample_prompt(rng)] = None
-    ordered = list(prompts)
-    train, test = ordered[:num_train], ordered[num_train:]
-    if overlap := set(train) & set(test):
-        raise AssertionError(f"{len(overlap)} prompts are in both splits, e.g. {min(overlap)!r}")
+    drawn: dict[str, str] = {}
+    while len(drawn) < total:
+        prompt = task.sample_prompt(rng)
+        drawn[prompt] = task.solve(prompt)
+    traces = list(drawn.items())
+    splits = {"train": traces[:num_train], "test": traces[num_train:]}
+    files = {
+        name: [
+            {"id": f"{name}-{index}", "prompt": prompt, "answer": trace.rpartition("#")[2]}
+            for index, (prompt, trace) in enumerate(split)
+        ]
+        for name, split in splits.items()
+    }
+    files["sft"] = [
+        {"id": f"train-{index}", "prompt": prompt, "response": trace}
+        for index, (prompt, trace) in enumerate(splits["train"])
+    ]
+    files["sft_recovery"] = files["sft"].copy()
+    for index in range(1, num_train, 2):
+        prompt = splits["train"][index][0]
+        slip, rest = task.recover(prompt, rng)
+        files["sft_recovery"][index] = {"id": f"train-{index}-slip", "prompt": prompt + slip, "response": rest}
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths = {name: out_dir / f"{name}.jsonl" for name in ("train", "test", "sft", "sft_recovery")}
-    for name, split in (("train", train), ("test", test)):
-        _write_jsonl(
-            paths[name],
-            (
-                {"id": f"{name}-{index}", "prompt": prompt, "answer": final_answer(task.solve(prompt))}
-                for index, prompt in enumerate(split)
-            ),
-        )
-    _write_jsonl(
-        paths["sft"],
-        (
-            {"id": f"train-{index}", "prompt": prompt, "response": task.solve(prompt)}
-            for index, prompt in enumerate(train)
-        ),
-    )
-    _write_jsonl(paths["sft_recovery"], (_with_slip(task, rng, i, prompt) for i, prompt in enumerate(train)))
-    paths["tokenizer"] = out_dir / "tokenizer"
-    write_char_tokenizer(paths["tokenizer"], ALPHABET)
-    return paths
-
-
-# The embedded default: short chains of one-digit operands, which a small model learns in minutes on a laptop.
-QUICKSTART = ArithmeticTask(min_operands=3, max_operands=4, operand_digits=1, value_digits=2)
-
-
-def make_quickstart(out_dir: Path, seed: int, num_train: int, num_test: int) -> None:
-    """The embedded default's data (`make_arithmetic`) and the shapes of its two models.
-
-    ``teacher/config.json`` describes a 4-layer Qwen3, ``student/config.json`` a narrower one with tied embeddings.
-    """
-    make_arithmetic(out_dir, seed, num_train, num_test, QUICKSTART)
+    for name, rows in files.items():
+        with replacing(out_dir / f"{name}.jsonl") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     tokenizer = build_char_tokenizer(ALPHABET)
+    tokenizer.save_pretrained(out_dir / "tokenizer")
     for name, hidden, tied in (("teacher", 128, False), ("student", 96, True)):
-        folder = out_dir / name
-        folder.mkdir(exist_ok=True)
         Qwen3Config(
             architectures=["Qwen3ForCausalLM"],
             num_hidden_layers=4,
@@ -208,16 +172,4 @@ def make_quickstart(out_dir: Path, seed: int, num_train: int, num_test: int) -> 
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        ).save_pretrained(folder)
-
-
-def _with_slip(task: ArithmeticTask, rng: random.Random, index: int, prompt: str) -> dict[str, str]:
-    if index % 2:
-        slip, rest = task.recover(prompt, rng)
-        return {"id": f"train-{index}-slip", "prompt": prompt + slip, "response": rest}
-    return {"id": f"train-{index}", "prompt": prompt, "response": task.solve(prompt)}
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    with replacing(path) as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        ).save_pretrained(out_dir / name)

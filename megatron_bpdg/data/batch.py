@@ -112,14 +112,9 @@ def collate(
     input_ids_BS, position_ids_BS = join(ids), join(held)
 
     lengths = [len(t.response_ids) for t in trajectories]
-    blocks, block_indices, num_blocks = [], [], 0
-    for trajectory in trajectories:
-        blocks.append(trajectory.block_R + num_blocks)
-        here = int(trajectory.block_R[-1]) + 1
-        block_indices.append(torch.arange(here))
-        num_blocks += here
-
     num_tokens = sum(lengths)
+    blocks = [int(t.block_R[-1]) + 1 for t in trajectories]
+    *first_block, num_blocks = accumulate(blocks, initial=0)
     places = _places(trajectories, padded, held, packed)
     place_M = torch.cat(places) if num_tokens else torch.full((1,), _ELSEWHERE)
     token_N, real_N = pad_to_multiple((place_M != _ELSEWHERE).nonzero()[:, 0], token_multiple)
@@ -148,8 +143,8 @@ def collate(
         sampled_N=flat([torch.tensor(t.response_ids) for t in trajectories]),
         sequence_N=flat([torch.full((n,), b) for b, n in enumerate(lengths)]),
         num_sequences=len(sequences),
-        block_N=flat(blocks),
-        block_index_G=torch.cat(block_indices) if block_indices else torch.zeros(1, dtype=torch.int64),
+        block_N=flat([t.block_R + first for t, first in zip(trajectories, first_block)]),
+        block_index_G=torch.cat([torch.arange(n) for n in blocks or [1]]),
         num_blocks=max(num_blocks, 1),
         token_N=token_N,
         num_tokens=num_tokens,

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-PAD = "<pad>"
-EOS = "<eos>"
 
 
 def build_char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -22,17 +17,11 @@ def build_char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """
     if not alphabet or len(set(alphabet)) != len(alphabet):
         raise ValueError(f"alphabet {alphabet!r} must be distinct characters, at least one")
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *alphabet])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     # A plain dot would not match the newline.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )
-
-
-def write_char_tokenizer(directory: Path, alphabet: str) -> None:
-    """Write the tokenizer so that `AutoTokenizer.from_pretrained(directory)` loads it without a network."""
-    directory.mkdir(parents=True, exist_ok=True)
-    build_char_tokenizer(alphabet).save_pretrained(str(directory))

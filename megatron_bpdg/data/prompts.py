@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +24,14 @@ _CONTENT_FIELDS = ("problem", "prompt", "messages")
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: `messages` of a conversation or a plain `text` (the other is None), and the answer for the grader.
+    """One problem: its id, unique in its file, the conversation up to the response, and the answer for the grader.
 
-    `id` is unique in its file; `extra` holds the row's remaining fields.
+    A plain text is a single message of the user; without a chat template its content is the prompt as it is.
     """
 
     id: str
-    messages: list[dict[str, str]] | None
-    text: str | None
+    messages: list[dict[str, str]]
     answer: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,26 +53,21 @@ class SupervisedExample:
     response_ids: list[int]
 
 
-def load_problems(path: Path, *, suffix: str = "") -> list[Problem]:
+def load_problems(path: Path) -> list[Problem]:
     r"""Read problems in file order.
 
     Layouts:
         .parquet: that of DAPO-Math-17k: `prompt` (list of {role, content}), `reward_model.ground_truth`,
             `data_source`, `extra_info.index`. The id is ``data_source/index``. Contents are left as they are, the
             doubled braces ``\boxed{{}}`` of the published file included.
-        .jsonl: one {id, answer} a line with the content as one of `problem` (the bare statement), `prompt` (a complete
-            text, or a list of messages) and `messages`.
-
-    Args:
-        path: the file.
-        suffix: put after every bare `problem` and a space, e.g. `BOXED_SUFFIX`; complete prompts never get it.
+        .jsonl: one {id, answer} a line with the content as one of `problem` (the bare statement, which gets
+            `BOXED_SUFFIX`), `prompt` (a complete text, or a list of messages) and `messages`.
 
     Raises:
         DataError: naming the rows and fields that are malformed, and ids given twice.
         FileNotFoundError: there is no such file.
     """
-    parse = _dapo_problem if path.suffix == ".parquet" else partial(_json_problem, suffix=suffix)
-    return read_records(path, parse)
+    return read_records(path, _dapo_problem if path.suffix == ".parquet" else _json_problem)
 
 
 def encode_prompts(
@@ -92,8 +84,8 @@ def encode_prompts(
     Args:
         problems: as of `load_problems`.
         tokenizer: HF tokenizer. Special tokens come from the chat template alone, none are added.
-        chat_template: render conversations (a plain text is one user message) up to where the assistant's turn begins;
-            otherwise use plain texts as they are (a single user message counts as one).
+        chat_template: render conversations up to where the assistant's turn begins; otherwise use plain texts as they
+            are.
         enable_thinking: handed to the template unless None.
         max_prompt_tokens: longest prompt in tokens.
         overlong: what to do beyond that: refuse, leave the problem out, or keep the last `max_prompt_tokens` tokens.
@@ -102,7 +94,6 @@ def encode_prompts(
         DataError: a prompt cannot be rendered or is empty; prompts are too long and `overlong` is "error", or none
             would be left.
     """
-    _check_template(tokenizer, chat_template)
     kept: list[Problem] = []
     ids: list[list[int]] = []
     overlong_lengths: dict[str, int] = {}
@@ -140,11 +131,10 @@ def load_sft(path: Path, tokenizer: Any, *, chat_template: bool = False) -> list
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token to learn; set eos_token in tokenizer_config.json")
-    _check_template(tokenizer, chat_template)
 
     def parse(row: Row) -> tuple[str, SupervisedExample]:
         name, prompt, response = name_field(row, "id"), text_field(row, "prompt"), text_field(row, "response")
-        prompt_ids = _encode(Problem(name, None, prompt, ""), tokenizer, chat_template, None)
+        prompt_ids = _encode(Problem(name, _from_user(prompt), ""), tokenizer, chat_template, None)
         response_ids = _tokenize(response, tokenizer, name)
         return name, SupervisedExample(name, prompt_ids, [*response_ids, eos_id])
 
@@ -155,21 +145,23 @@ def _dapo_problem(row: Row) -> tuple[str, Problem]:
     source = text_field(row, "data_source")
     name = f"{source}/{name_field(section_field(row, 'extra_info'), 'index', 'extra_info.')}"
     answer = name_field(section_field(row, "reward_model"), "ground_truth", "reward_model.")
-    extra = {key: value for key, value in row.items() if key not in ("prompt", "reward_model")}
-    return name, Problem(name, _messages(row.get("prompt"), "prompt"), None, answer, extra)
+    return name, Problem(name, _messages(row.get("prompt"), "prompt"), answer)
 
 
-def _json_problem(row: Row, *, suffix: str) -> tuple[str, Problem]:
+def _json_problem(row: Row) -> tuple[str, Problem]:
     name, answer = name_field(row, "id"), name_field(row, "answer")
     given = [key for key in _CONTENT_FIELDS if key in row]
     if len(given) != 1:
         raise FieldError(f"should have one of {', '.join(_CONTENT_FIELDS)}; has {' and '.join(given) or 'none'}")
     (key,) = given
-    extra = {other: value for other, value in row.items() if other not in ("id", "answer", key)}
     if key == "messages" or isinstance(row[key], list):
-        return name, Problem(name, _messages(row[key], key), None, answer, extra)
+        return name, Problem(name, _messages(row[key], key), answer)
     text = text_field(row, key)
-    return name, Problem(name, None, f"{text} {suffix}" if key == "problem" and suffix else text, answer, extra)
+    return name, Problem(name, _from_user(f"{text} {BOXED_SUFFIX}" if key == "problem" else text), answer)
+
+
+def _from_user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def _messages(value: object, name: str) -> list[dict[str, str]]:
@@ -186,29 +178,24 @@ def _messages(value: object, name: str) -> list[dict[str, str]]:
     return messages
 
 
-def _check_template(tokenizer: Any, chat_template: bool) -> None:
-    if chat_template and not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "the tokenizer has no chat template: set data.chat_template to false, or give a tokenizer that has one"
-        )
-
-
 def _encode(problem: Problem, tokenizer: Any, chat_template: bool, enable_thinking: bool | None) -> list[int]:
-    text = problem.text or ""
     if chat_template:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "the tokenizer has no chat template: set data.chat_template to false, or give a tokenizer that has one"
+            )
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        messages = problem.messages or [{"role": "user", "content": text}]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+            text = tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True, **switch)
         except Exception as error:  # templates may raise anything
             raise DataError(f"problem {problem.id!r}: the chat template refuses it ({error})") from error
-    elif problem.messages:
-        if [message["role"] for message in problem.messages] != ["user"]:
-            raise DataError(
-                f"problem {problem.id!r} is a conversation, which data.chat_template = false cannot render; "
-                "set it to true or give plain prompts"
-            )
+    elif [message["role"] for message in problem.messages] == ["user"]:
         text = problem.messages[0]["content"]
+    else:
+        raise DataError(
+            f"problem {problem.id!r} is a conversation, which data.chat_template = false cannot render; "
+            "set it to true or give plain prompts"
+        )
     return _tokenize(text, tokenizer, problem.id)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,12 @@ def read_records(path: Path, parse: Callable[[Row], tuple[str, Record]]) -> list
     records: list[Record] = []
     places: dict[str, str] = {}
     problems: list[str] = []
-    for place, row in _rows(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    rows = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix)
+    if rows is None:
+        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; give .parquet or .jsonl")
+    for place, row in rows(path):
         try:
             if isinstance(row, FieldError):
                 raise row
@@ -76,11 +82,7 @@ def name_field(row: Mapping[str, Any], name: str, owner: str = "") -> str:
 
 
 def section_field(row: Mapping[str, Any], name: str) -> Row:
-    """A nested record.
-
-    Raises:
-        FieldError: naming the field.
-    """
+    """A nested record; raises FieldError naming the field."""
     value = row.get(name)
     if not isinstance(value, dict):
         raise FieldError(f"{name} {_found(row, name)}, should be a record")
@@ -89,18 +91,6 @@ def section_field(row: Mapping[str, Any], name: str) -> Row:
 
 def _found(row: Mapping[str, Any], name: str) -> str:
     return f"is {row[name]!r:.60}" if name in row else "is missing"
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Row | FieldError]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
-    match path.suffix:
-        case ".jsonl":
-            yield from _jsonl_rows(path)
-        case ".parquet":
-            yield from _parquet_rows(path)
-        case other:
-            raise DataError(f"{path}: unknown kind of data file {other!r}; give .parquet or .jsonl")
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | FieldError]]:
@@ -122,10 +112,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | FieldError]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", row
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error

@@ -1,4 +1,4 @@
-"""Which problems each step trains on: seeded, without repeats within an epoch, the same after a resume."""
+"""Which problems each step trains on: seeded, without repeats within an epoch, whatever was asked before."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ class Stream(IntEnum):
 
 
 class PromptSampler:
-    """Goes through a new seeded permutation of the problems every epoch.
+    """Goes through a new seeded permutation of the problems, which are numbered from 0, every epoch.
 
     A batch may straddle two epochs; the new epoch's order then puts off the problems that the batch already has, so no
     batch has a problem twice. What `batch` returns depends on the arguments alone, not on earlier calls.
 
-    Args:
-        num_problems: number of problems; they are numbered from 0.
-        per_step: problems of a batch.
-        seed: not negative.
-
     Raises:
-        ValueError: a batch does not fit into the problems.
+        ValueError: a batch of `per_step` does not fit into the problems, or the seed is negative.
     """
 
     def __init__(self, num_problems: int, per_step: int, seed: int) -> None:
@@ -40,7 +35,7 @@ class PromptSampler:
         if seed < 0:
             raise ValueError(f"seed = {seed} must not be negative")
         self.num_problems, self.per_step, self.seed = num_problems, per_step, seed
-        self._epoch, self._order = 0, self._permutation(0)
+        self._orders = [self._permutation(0)]
 
     def batch(self, step: int) -> list[int]:
         """Indices of the problems of `step`, counted from 0."""
@@ -53,11 +48,10 @@ class PromptSampler:
         return [int(index) for index in indices]
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        if epoch < self._epoch:
-            self._epoch, self._order = 0, self._permutation(0)
-        while self._epoch < epoch:
-            self._epoch, self._order = self._epoch + 1, self._following(self._epoch + 1, self._order)
-        return self._order
+        # All are kept, as an epoch's order builds on the one before: 8 bytes a problem and epoch.
+        while len(self._orders) <= epoch:
+            self._orders.append(self._following(len(self._orders), self._orders[-1]))
+        return self._orders[epoch]
 
     def _following(self, epoch: int, previous: NDArray[np.int64]) -> NDArray[np.int64]:
         order = self._permutation(epoch)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter
 
-from megatron_bpdg.evaluation.pass_at_k import mean_pass_at_k
+from megatron_bpdg.evaluation.pass_at_k import Interval, bootstrap, pass_at_k_by_problem
 
 EVAL_FILE = "eval.jsonl"
 
@@ -20,7 +20,6 @@ class EvalResult:
     """One evaluation.
 
     Attributes:
-        benchmark: name of the benchmark.
         step: optimizer-side step after which it was made; 0 is before training.
         samples: responses per problem (n of pass@k).
         problem_ids: ids ``[P]``, each once.
@@ -57,26 +56,13 @@ class EvalResult:
         if not (math.isfinite(self.mean_response_tokens) and self.mean_response_tokens >= 0.0):
             raise ValueError(f"{place}: mean_response_tokens = {self.mean_response_tokens} is no length")
 
-    def pass_at(self, k: int) -> float:
+    def pass_at(self, k: int) -> Interval:
         """Mean pass@k over the problems, as a fraction.
 
         Raises:
             ValueError: unless ``1 <= k <= samples``.
         """
-        return mean_pass_at_k(self.samples, self.correct, k)
-
-    def to_json(self) -> str:
-        """One line of JSON, without a newline."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> EvalResult:
-        """Inverse of `to_json`.
-
-        Raises:
-            ValueError: not JSON, or fields are missing, unknown or do not fit together.
-        """
-        return TypeAdapter(cls).validate_json(line, strict=True)
+        return bootstrap(pass_at_k_by_problem(self.samples, self.correct, k))
 
 
 def append_eval(run_dir: Path, result: EvalResult) -> None:
@@ -89,7 +75,7 @@ def append_eval(run_dir: Path, result: EvalResult) -> None:
         stream.seek(0)
         content = stream.read()
         stream.truncate(content.rfind(b"\n") + 1)
-        stream.write(result.to_json().encode() + b"\n")
+        stream.write(json.dumps(asdict(result), ensure_ascii=False, allow_nan=False).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -108,7 +94,7 @@ def read_evals(run_dir: Path) -> list[EvalResult]:
         if not line.endswith(b"\n"):
             break
         try:
-            results.append(EvalResult.from_json(line.decode()))
+            results.append(TypeAdapter(EvalResult).validate_json(line, strict=True))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}; remove or repair the line") from error
     return results

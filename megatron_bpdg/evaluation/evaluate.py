@@ -15,7 +15,7 @@ from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.data.end_tokens import end_ids
 from megatron_bpdg.data.graders import Grader, check_answers
-from megatron_bpdg.data.prompts import BOXED_SUFFIX, Prompts, encode_prompts, load_problems
+from megatron_bpdg.data.prompts import Prompts, encode_prompts, load_problems
 from megatron_bpdg.data.sampler import Stream
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.models.hf_config import read_hf_config
@@ -104,7 +104,7 @@ def evaluate_checkpoint(
         engine = EmbeddedEngine(folder, end_ids=ends, batch_size=batch_size, dtype=dtype)
         engine.load_weights(iter_checkpoint(checkpoint), version=0, probe=None)
         for path in data:
-            problems = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
+            problems = load_problems(path)[:limit]
             check_answers(grader, problems, path)
             prompts = encode_prompts(problems, tokenizer, chat_template=chat_template, max_prompt_tokens=longest)
             result = evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,41 +18,13 @@ from megatron_bpdg.models.shape import ModelShape
 from megatron_bpdg.parallel.platform import default_device
 from megatron_bpdg.parallel.world import world
 
-
-@dataclass(frozen=True)
-class LogitComparison:
-    """How far two models' logits are apart.
-
-    Attributes:
-        num_tokens: positions of the probe text.
-        largest: largest absolute logit of the HF model.
-        difference: largest absolute difference.
-        same_argmax: positions at which both prefer the same token.
-    """
-
-    num_tokens: int
-    largest: float
-    difference: float
-    same_argmax: int
-
-    # float32 sums in another order differ by this much of the largest value over a few dozen layers.
-    tolerance = 1e-4
-
-    @property
-    def equal(self) -> bool:
-        """Whether the difference is one of rounding."""
-        return self.difference <= self.tolerance * max(1.0, self.largest)
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference {self.difference:.3g} of logits up to {self.largest:.3g} over {self.num_tokens} "
-            f"tokens; same first choice at {self.same_argmax}"
-        )
+# float32 sums in another order differ by this much of the largest value over a few dozen layers.
+TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def compare_logits(hf: Path, megatron: Path, text: str) -> LogitComparison:
-    """Run both models on `text` in float32, one after the other.
+def verify_logits(hf: Path, megatron: Path, text: str) -> str:
+    """Run both models on `text` in float32, one after the other; returns in words how close they are.
 
     Args:
         hf: HF directory with a tokenizer.
@@ -61,37 +32,25 @@ def compare_logits(hf: Path, megatron: Path, text: str) -> LogitComparison:
         text: at least one token.
 
     Raises:
+        MappingError: the models disagree by more than rounding.
         FileNotFoundError, ValueError: a checkpoint that cannot be loaded, or a text without tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
     ids_T = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     if not len(ids_T):
         raise ValueError(f"the probe text {text!r} has no tokens")
-    ours_TV, theirs_TV = _megatron_logits(megatron, ids_T), _hf_logits(hf, ids_T)
-    return LogitComparison(
-        num_tokens=len(ids_T),
-        largest=float(theirs_TV.abs().max()),
-        difference=float((ours_TV - theirs_TV).abs().max()),
-        same_argmax=int((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).sum()),
+    ours_TV = _megatron_logits(megatron, ids_T)
+    theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
+    theirs_TV = theirs(ids_T[None]).logits[0].float()
+    largest, difference = float(theirs_TV.abs().max()), float((ours_TV - theirs_TV).abs().max())
+    words = (
+        f"largest difference {difference:.3g} of logits up to {largest:.3g} over {len(ids_T)} tokens; same first "
+        f"choice at {int((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).sum())}"
     )
-
-
-def verify_logits(hf: Path, megatron: Path, text: str) -> str:
-    """`compare_logits` in one line.
-
-    Raises:
-        MappingError: the models disagree.
-        Others: see `compare_logits`.
-    """
-    comparison = compare_logits(hf, megatron, text)
-    if not comparison.equal:
-        raise MappingError(f"HF transformers and Megatron-Core disagree: {comparison}")
-    return f"logits agree: {comparison}"
-
-
-def _hf_logits(hf: Path, ids_T: Tensor) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
-    return model(ids_T[None]).logits[0].float()
+    # Written so that NaN is no agreement.
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise MappingError(f"HF transformers and Megatron-Core disagree: {words}")
+    return f"logits agree: {words}"
 
 
 def _megatron_logits(megatron: Path, ids_T: Tensor) -> Tensor:

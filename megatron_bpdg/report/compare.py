@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bpdg.evaluation.benchmark import EvalResult
-from megatron_bpdg.evaluation.bootstrap import Interval, bootstrap, paired_bootstrap
+from megatron_bpdg.evaluation.pass_at_k import Interval, bootstrap, pass_at_k_by_problem
 from megatron_bpdg.report.run import Run
 
 # Settings that name places and sinks; two runs that differ in nothing else are the same experiment.
@@ -47,28 +47,26 @@ class Verdict:
     basis: str
 
 
-def difference(before: EvalResult, after: EvalResult, k: int) -> Interval | None:
-    """pass@k of `after` minus that of `before`, resampling problems in pairs.
-
-    None where the two did not draw the same number of samples for the same problems: there is nothing to pair.
-    """
-    if before.samples != after.samples or set(before.problem_ids) != set(after.problem_ids):
-        return None
-    counts = dict(zip(after.problem_ids, after.correct))
-    return paired_bootstrap(before.correct, [counts[problem] for problem in before.problem_ids], before.samples, k)
-
-
 def comparison(before: EvalResult, after: EvalResult, k: int) -> Comparison:
-    """Both values and their paired difference."""
+    """Both values and their difference, for which problems are resampled in pairs.
+
+    Where the two did not draw the same number of samples for the same problems there is nothing to pair.
+    """
+    difference = None
+    if before.samples == after.samples and set(before.problem_ids) == set(after.problem_ids):
+        counts = dict(zip(after.problem_ids, after.correct))
+        in_order = [counts[problem] for problem in before.problem_ids]
+        after_P, before_P = (pass_at_k_by_problem(before.samples, c, k) for c in (in_order, before.correct))
+        difference = bootstrap(after_P - before_P)
     return Comparison(
         benchmark=after.benchmark,
         k=k,
         problems=len(after.problem_ids),
         samples=after.samples,
         steps=(before.step, after.step),
-        before=bootstrap(before.correct, before.samples, k),
-        after=bootstrap(after.correct, after.samples, k),
-        difference=difference(before, after, k),
+        before=before.pass_at(k),
+        after=after.pass_at(k),
+        difference=difference,
     )
 
 
@@ -90,7 +88,9 @@ def judge(run: Run, other: Run) -> Verdict:
         if k in treated.ks
     ]
     paired = [(row, row.difference) for row in rows if row.difference is not None]
-    others = [name for name in differing(*map(_settings, (reference, treated))) if name.split(".")[0] != "gate"]
+    # The gate in one place, wherever it was given: what differs besides it.
+    settings = ({**each.config, "gate": None, "weights": each.other_weights} for each in (reference, treated))
+    others = differing(*settings)
     if not paired:
         sentence = (
             f"No answer: {treated.name} and {reference.name} share no benchmark of the same problems and samples."
@@ -98,18 +98,19 @@ def judge(run: Run, other: Run) -> Verdict:
         return Verdict(reference.name, treated.name, rows, sentence, "")
     clear = {interval.value > 0 for _, interval in paired if interval.excludes_zero}
     if not one_gated:
-        subject = f"Both runs {'have' if run.gated else 'lack'} a gate, so this is another question: {treated.name}"
-        words = ("ended higher", "ended lower", "ended higher in part and lower in part", "ended no different")
-    elif others:
-        subject = "The gated run"
-        words = ("ended higher", "ended lower", "ended higher in part and lower in part", "ended no different")
+        subject = (
+            f"Both runs {'have' if run.gated else 'lack'} a gate, so this is another question: {treated.name} ended"
+        )
     else:
-        subject = "The gate"
-        words = ("helped", "hurt", "helped in part and hurt in part", "made no difference")
-    claim = words[{(True,): 0, (False,): 1, (False, True): 2, (): 3}[tuple(sorted(clear))]]
-    clauses = ", ".join(f"{points(interval)} points of pass@{row.k} on {row.benchmark}" for row, interval in paired)
+        subject = "The gated run ended" if others else "The gate"
+    # Only where the runs differ in nothing else is it the gate's doing.
+    better, worse, same = ("higher", "lower", "no different")
+    if one_gated and not others:
+        better, worse, same = ("helped", "hurt", "made no difference")
+    claims = {(): same, (True,): better, (False,): worse, (False, True): f"{better} in part and {worse} in part"}
+    clauses = ", ".join(f"{interval.points} points of pass@{row.k} on {row.benchmark}" for row, interval in paired)
     beyond = "" if clear else " beyond what the choice of problems explains"
-    sentence = f"{subject} {claim}{beyond}: {treated.name} minus {reference.name} is {clauses}."
+    sentence = f"{subject} {claims[tuple(sorted(clear))]}{beyond}: {treated.name} minus {reference.name} is {clauses}."
     return Verdict(reference.name, treated.name, rows, sentence, _basis(reference, treated, paired[0][0], others))
 
 
@@ -125,11 +126,6 @@ def _basis(reference: Run, treated: Run, row: Comparison, others: list[str]) -> 
     return f"{text} Besides the gate, the runs differ in {', '.join(others[:6])}{more}." if others else text
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """The config with the gate in one place, wherever it was given."""
-    return {**run.config, "gate": run.gate, "weights": run.other_weights}
-
-
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Dotted names of the settings in which two configs differ, sorted; those of places and sinks left out."""
     flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
@@ -143,13 +139,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def percent(interval: Interval) -> str:
-    """A fraction: 45.6 [40.1, 51.0]."""
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def points(interval: Interval) -> str:
-    """A difference in percentage points: +12.3 [+8.0, +16.5]."""
-    return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"

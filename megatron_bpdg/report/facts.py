@@ -7,7 +7,7 @@ from typing import Any
 from megatron_bpdg.report.run import Run
 from megatron_bpdg.tracking.progress import format_seconds
 
-_LAYOUT = {"TP": "tensor_parallel", "PP": "pipeline_parallel", "CP": "context_parallel", "DP": "data_parallel"}
+_DEGREES = {"TP": "tensor_parallel", "PP": "pipeline_parallel", "CP": "context_parallel", "DP": "data_parallel"}
 
 
 def headline(run: Run) -> str:
@@ -26,6 +26,8 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     layout, training, rollout = (cfg.get(name) or {} for name in ("layout", "training", "rollout"))
     gate, opd = run.gate, cfg.get("kind") == "opd"
     rest = {key: value for key, value in (gate or {}).items() if key != "partition" and value != 0.0}
+    degrees = " × ".join(f"{short}{layout.get(name, 1)}" for short, name in _DEGREES.items())
+    switches = [name.replace("_", " ") for name in ("sequence_parallel", "distributed_optimizer") if layout.get(name)]
     rows = {
         "Objective": _settings(cfg.get("objective") or {}),
         "Gate": f"{_partition(gate)}, {_settings(rest)}" if gate else "none" if opd else "",
@@ -38,21 +40,10 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         if rollout and training and opd
         else "",
         "Learning rate": training.get("lr"),
-        "Layout": ", ".join(
-            [
-                " × ".join(f"{short}{layout.get(name, 1)}" for short, name in _LAYOUT.items()),
-                *(
-                    name.replace("_", " ")
-                    for name in ("sequence_parallel", "distributed_optimizer")
-                    if layout.get(name)
-                ),
-            ]
-        )
-        if layout
-        else "",
+        "Layout": ", ".join([degrees, *switches]) if layout else "",
         "Seed": cfg.get("seed"),
         "Steps": f"{run.metrics[-1]['step']} of {training.get('steps', '?')}" if run.metrics else "",
-        "Wall time": "" if run.wall_seconds is None else format_seconds(run.wall_seconds),
+        "Wall time": format_seconds(run.metrics[-1]["time"] - run.metrics[0]["time"]) if len(run.metrics) > 1 else "",
     }
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 

@@ -5,12 +5,13 @@ A rule is left out where the run recorded nothing that it could judge.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bpdg.report.compare import before_and_after, points
+from megatron_bpdg.report.compare import before_and_after
 from megatron_bpdg.report.run import Floats, Run
 
 INERT_ESS = 0.99  # above it throughout, the gate changes no more than a hundredth of the batch's weight
@@ -44,10 +45,14 @@ def verdict(findings: list[Finding]) -> str:
 
 def _findings(run: Run) -> Iterator[tuple[str, bool, str]]:
     if run.metrics:
+        not_finite: dict[str, list[str]] = defaultdict(list)
+        for row in run.metrics:
+            for name in row["nonfinite"]:
+                not_finite[name].append(str(row["step"]))
         lines = [
             f"{name} was not finite at {len(steps)} step{'s' if len(steps) > 1 else ''} "
-            f"({', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''})"
-            for name, steps in run.nonfinite.items()
+            f"({', '.join(steps[:8])}{', ...' if len(steps) > 8 else ''})"
+            for name, steps in not_finite.items()
         ]
         yield "finite", not lines, "; ".join(lines) or "every metric was finite"
     ess = _finite(run, "gate/ess")
@@ -58,7 +63,7 @@ def _findings(run: Run) -> Iterator[tuple[str, bool, str]]:
     rows = [(row, row.difference) for row in before_and_after(run) if row.difference is not None]
     if rows:
         fell = any(change.high < 0 for _, change in rows)
-        changes = [f"{row.benchmark} pass@{row.k} {points(change)}" for row, change in rows]
+        changes = [f"{row.benchmark} pass@{row.k} {change.points}" for row, change in rows]
         yield "pass@k holds", not fell, "; ".join(changes)
     if len(entropy := _finite(run, "actor/entropy")) and run.config.get("kind") != "sft":
         start, end = _ends(entropy)

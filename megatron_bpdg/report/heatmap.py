@@ -58,6 +58,8 @@ def heatmap_figure(runs: list[Run]) -> Figure | None:
     figure = Figure(figsize=(10.4, 0.4 + 2.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for ax, (run, epoch, steps, drift, tokens) in zip(axes.ravel(), panels):
+        # The picture ends half a cell outside the first and the last step.
+        half = (steps[-1] - steps[0]) / (len(steps) - 1) / 2 if len(steps) > 1 else 0.5
         image = ax.imshow(
             _coarsen(drift, tokens),
             origin="lower",
@@ -65,7 +67,7 @@ def heatmap_figure(runs: list[Run]) -> Figure | None:
             interpolation="nearest",
             cmap=HEAT,
             norm=scale,
-            extent=(*_edges(steps), -0.5, len(drift) - 0.5),
+            extent=(steps[0] - half, steps[-1] + half, -0.5, len(drift) - 0.5),
         )
         ax.set_facecolor(GRID)
         ax.grid(visible=False)
@@ -83,12 +85,6 @@ def heatmap_figure(runs: list[Run]) -> Figure | None:
     return figure
 
 
-def _edges(steps: Floats) -> tuple[float, float]:
-    """Left and right edge of the picture, half a cell outside the first and the last step."""
-    half = (steps[-1] - steps[0]) / (len(steps) - 1) / 2 if len(steps) > 1 else 0.5
-    return float(steps[0] - half), float(steps[-1] + half)
-
-
 def _coarsen(drift: Floats, tokens: Floats) -> Floats:
     """Token-weighted means over bins, where an axis has more than MAX_CELLS cells."""
     total = np.where(tokens > 0, drift, 0.0) * tokens
@@ -97,5 +93,4 @@ def _coarsen(drift: Floats, tokens: Floats) -> Floats:
             starts = np.linspace(0, tokens.shape[axis], MAX_CELLS, endpoint=False).astype(int)
             total, tokens = np.add.reduceat(total, starts, axis), np.add.reduceat(tokens, starts, axis)
     with np.errstate(invalid="ignore"):
-        result: Floats = total / tokens
-    return result
+        return total / tokens

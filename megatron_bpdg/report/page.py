@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_bpdg.report.compare import before_and_after, judge, percent, points
+from megatron_bpdg.report.compare import before_and_after, judge
 from megatron_bpdg.report.facts import headline, run_facts
 from megatron_bpdg.report.health import health, verdict
 from megatron_bpdg.report.heatmap import heatmap_figure
@@ -90,7 +90,7 @@ def render(runs: list[Run]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "points": points, "shorten": _shorten, "svg": figure_svg}
+    environment.filters |= {"shorten": _shorten, "svg": figure_svg}
     with style():
         figures = {
             card: [(panel.title, figure) for panel in panels if (figure := panel_figure(panel, runs)) is not None]

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from megatron_bpdg.evaluation.bootstrap import bootstrap
 from megatron_bpdg.report.heatmap import drift_matrix, epochs
 from megatron_bpdg.report.run import Floats, Run
 from megatron_bpdg.report.style import (
@@ -110,7 +109,7 @@ def _pass_at_k_figure(title: str, benchmark: str, k: int, runs: list[Run]) -> Fi
         if not records:
             continue
         steps = np.array([record.step for record in records], dtype=np.float64)
-        value, low, high = 100 * np.array([bootstrap(record.correct, record.samples, k) for record in records]).T
+        value, low, high = 100 * np.array([record.pass_at(k) for record in records]).T
         top = max(top, float(high.max()))
         color, _ = _look(runs, index, 0)
         if len(records) == 1:

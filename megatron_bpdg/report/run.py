@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from megatron_bpdg.evaluation.benchmark import EvalResult, read_evals
 from megatron_bpdg.tracking.metrics import DRIFT_FILE, read_jsonl, read_metrics
 
-CONFIG_FILE = "config.yaml"
-SAMPLES_FILE = "samples.jsonl"
 # Its name among the weights.
 _GATE = "drift_gate"
 Floats = NDArray[np.float64]
@@ -77,22 +75,6 @@ class Run:
         asked = self.config.get("evaluation", {}).get("k") or [1, samples]
         return sorted({k for k in asked if 1 <= k <= samples})
 
-    @property
-    def wall_seconds(self) -> float | None:
-        """Time between the first and the last metrics line."""
-        if len(self.metrics) < 2:
-            return None
-        return float(self.metrics[-1]["time"] - self.metrics[0]["time"])
-
-    @property
-    def nonfinite(self) -> dict[str, list[int]]:
-        """Steps at which each metric was not finite."""
-        steps: dict[str, list[int]] = {}
-        for row in self.metrics:
-            for name in row["nonfinite"]:
-                steps.setdefault(name, []).append(row["step"])
-        return steps
-
 
 def load_run(run_dir: Path) -> Run:
     """Read a run directory.
@@ -101,7 +83,7 @@ def load_run(run_dir: Path) -> Run:
         FileNotFoundError: `run_dir` holds none of the files a run writes.
         ValueError: a file is damaged; the message names file and line or field.
     """
-    config_path = run_dir / CONFIG_FILE
+    config_path = run_dir / "config.yaml"
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} is not a mapping of sections")
@@ -112,7 +94,7 @@ def load_run(run_dir: Path) -> Run:
         metrics=read_metrics(run_dir),
         drift=list(read_jsonl(run_dir / DRIFT_FILE)),
         evals=read_evals(run_dir),
-        samples=list(read_jsonl(run_dir / SAMPLES_FILE)),
+        samples=list(read_jsonl(run_dir / "samples.jsonl")),
     )
     if not (config or run.metrics or run.evals):
         raise FileNotFoundError(f"{run_dir} has neither config.yaml nor metrics.jsonl nor eval.jsonl: not a run")

@@ -59,13 +59,8 @@ def legend_rows(labels: list[str], width: float) -> tuple[int, int]:
 def new_figure(title: str, entries: LegendEntries, width: float, height: float) -> tuple[Figure, Axes]:
     """Figure and axes, title over legend over plot: the legend never covers a curve.
 
-    Margins are fixed in inches, so that axes of different figures line up on the page, and the plot's area stays the
-    same however many rows the legend has.
-
-    Args:
-        entries: of the legend.
-        width: of the figure in inches.
-        height: of the figure without a legend in inches.
+    Sizes are inches, `height` without the legend. Margins are fixed, so that axes of different figures line up on the
+    page, and the plot's area stays the same however many rows the legend has.
     """
     left, right, bottom = 0.7, 0.12, 0.5
     rows, columns = legend_rows([label for _, label in entries], width - left)
@@ -93,12 +88,7 @@ def new_figure(title: str, entries: LegendEntries, width: float, height: float) 
 
 
 def figure_svg(figure: Figure, label: str) -> Markup:
-    """Inline SVG of a figure, as wide as its container.
-
-    Args:
-        figure: built within `style()`.
-        label: read out by screen readers.
-    """
+    """Inline SVG of a figure made within `style()`, as wide as its container; screen readers read out the label."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)

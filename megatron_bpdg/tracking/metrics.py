@@ -7,14 +7,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
-
-from megatron_bpdg.tracking.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
 DRIFT_FILE = "drift.jsonl"
-TENSORBOARD_DIRECTORY = "tensorboard"
 _RESERVED = {"step", "time", "nonfinite"}
 
 
@@ -30,26 +26,15 @@ class MetricsLogger:
         tensorboard: also write scalars under `run_dir/tensorboard`.
         wandb: Weights & Biases project, or None.
         config: shown beside the metrics by TensorBoard and W&B.
-        resume_step: the step whose checkpoint the run continues from. Lines of later steps are removed: they will be
-            written again.
 
     Raises:
         ModuleNotFoundError: `wandb` is given and the package is missing.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        tensorboard: bool,
-        wandb: str | None,
-        config: dict[str, Any],
-        resume_step: int | None = None,
-    ) -> None:
+    def __init__(self, run_dir: Path, tensorboard: bool, wandb: str | None, config: dict[str, Any]) -> None:
         self._wandb = _start_wandb(wandb, run_dir, config) if wandb is not None else None
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, DRIFT_FILE):
-            _drop_steps_after(run_dir / name, math.inf if resume_step is None else resume_step)
-        self._tensorboard = _start_tensorboard(run_dir, config, resume_step) if tensorboard else None
+        self._tensorboard = _start_tensorboard(run_dir, config) if tensorboard else None
         self._metrics: TextIO = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._drift: TextIO = (run_dir / DRIFT_FILE).open("a", encoding="utf-8")
 
@@ -60,8 +45,7 @@ class MetricsLogger:
         # Tensors and numpy scalars become plain floats here, once, so that every sink sees the same number.
         plain = {name: float(value) for name, value in values.items()}
         finite = {name: value for name, value in plain.items() if math.isfinite(value)}
-        record: dict[str, Any] = {"step": step, "time": time.time()}
-        record |= {name: finite.get(name) for name in plain}
+        record: dict[str, Any] = {"step": step, "time": time.time(), **{name: finite.get(name) for name in plain}}
         if nonfinite := sorted(plain.keys() - finite.keys()):
             record["nonfinite"] = nonfinite
         _write_line(self._metrics, record)
@@ -91,9 +75,7 @@ class MetricsLogger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._metrics.close()
         self._drift.close()
         if self._tensorboard is not None:
@@ -142,25 +124,12 @@ def _write_line(stream: TextIO, record: dict[str, Any]) -> None:
     stream.flush()
 
 
-def _drop_steps_after(path: Path, step: float) -> None:
-    """Also drops an unfinished last line, which the next write would otherwise be glued to."""
-    if not path.exists():
-        return
-    with replacing(path) as stream:
-        for record in read_jsonl(path):
-            if record["step"] <= step:
-                _write_line(stream, record)
-
-
-def _start_tensorboard(run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Any:
+def _start_tensorboard(run_dir: Path, config: dict[str, Any]) -> Any:
     # Importing TensorBoard takes seconds; only runs that use it pay.
     from torch.utils.tensorboard import SummaryWriter
 
-    purge_step = None if resume_step is None else resume_step + 1
-    writer = SummaryWriter(str(run_dir / TENSORBOARD_DIRECTORY), purge_step=purge_step)
-    if resume_step is None:
-        text = json.dumps(config, indent=2, default=str)
-        writer.add_text("config", f"```json\n{text}\n```", 0)
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```", 0)
     return writer
 
 

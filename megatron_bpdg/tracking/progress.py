@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -23,91 +22,70 @@ from rich.progress import (
 )
 from rich.text import Text
 
+LINE_INTERVAL_S = 10.0  # between lines where there is no TTY
+
 
 class TrainingProgress:
-    """Step counter with rate, ETA and a few live metrics; use as a context manager.
+    """Step counter with rate, ETA and a few live metrics on standard error; use as a context manager.
 
     Args:
         total_steps: steps the bar ends at.
         description: shown first, e.g. the run's name.
-        start_step: steps done before this process started (resume); they do not enter the rate.
-        line_interval_s: seconds between lines where there is no TTY.
-        console: where to write; standard error by default, so that piped output stays clean.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        description: str,
-        *,
-        start_step: int = 0,
-        line_interval_s: float = 10.0,
-        console: Console | None = None,
-    ) -> None:
+    def __init__(self, total_steps: int, description: str) -> None:
         self.total_steps = total_steps
         self.description = description
-        self.start_step = start_step
-        self.line_interval_s = line_interval_s
-        self.console = console or Console(stderr=True)
         self._started = time.monotonic()
         self._last_line = -float("inf")
-        self._live = self.console.is_terminal
-        self._progress = Progress(
+        self._bar = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[status]}"),
-            console=self.console,
+            console=Console(stderr=True),
             expand=True,
         )
-        self._task = self._progress.add_task(description, total=total_steps, completed=start_step, status="starting")
+        self._live = self._bar.console.is_terminal
+        self._task = self._bar.add_task(description, total=total_steps, status="starting")
 
-    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report that `step` of `total_steps` is done, with metrics to show beside the bar."""
-        rate, eta = self._pace(step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
+        seconds = (time.monotonic() - self._started) / step
+        rate = f"{seconds:.2f} s/step" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} steps/s"
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        status = f"{rate}  ETA {format_seconds(seconds * (self.total_steps - step))}  {shown}"
         if self._live:
-            self._progress.update(self._task, completed=step, status=f"{rate}  ETA {eta}  {shown}")
-            return
-        now = time.monotonic()
-        if now - self._last_line >= self.line_interval_s or step >= self.total_steps:
-            self._last_line = now
-            line = f"{self.description}: step {step}/{self.total_steps}  {rate}  ETA {eta}  {shown}".rstrip()
-            self.console.print(Text(line), soft_wrap=True)
+            self._bar.update(self._task, completed=step, status=status)
+        elif time.monotonic() - self._last_line >= LINE_INTERVAL_S or step >= self.total_steps:
+            self._print_line(f"step {step}/{self.total_steps}  {status}")
 
     def status(self, text: str) -> None:
         """Show what a step is at, beside the live bar; without a TTY, a line at the same pace as steps."""
         if self._live:
-            self._progress.update(self._task, status=text)
-        elif time.monotonic() - max(self._started, self._last_line) >= self.line_interval_s:
-            self._last_line = time.monotonic()
-            self.console.print(Text(f"{self.description}: {text}"), soft_wrap=True)
+            self._bar.update(self._task, status=text)
+        elif time.monotonic() - max(self._started, self._last_line) >= LINE_INTERVAL_S:
+            self._print_line(text)
 
     def note(self, text: str) -> None:
         """Print a line above the bar, e.g. an evaluation result."""
-        self.console.print(Text(text), soft_wrap=True)
+        self._bar.console.print(Text(text), soft_wrap=True)
 
-    def _pace(self, step: int) -> tuple[str, str]:
-        done = step - self.start_step
-        if done <= 0:
-            return "- s/step", "-"
-        seconds = (time.monotonic() - self._started) / done
-        rate = f"{seconds:.2f} s/step" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} steps/s"
-        return rate, format_seconds(seconds * (self.total_steps - step))
+    def _print_line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self.note(f"{self.description}: {text.rstrip()}")
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         if self._live:
-            self._progress.start()
+            self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
-            self._progress.stop()
+            self._bar.stop()
 
 
 def format_seconds(seconds: float) -> str:

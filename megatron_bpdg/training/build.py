@@ -25,7 +25,6 @@ from megatron_bpdg.config.weights import GateConfig
 from megatron_bpdg.data.end_tokens import end_ids
 from megatron_bpdg.data.graders import check_answers, get_grader
 from megatron_bpdg.data.prompts import (
-    BOXED_SUFFIX,
     Problem,
     Prompts,
     encode_prompts,
@@ -206,7 +205,7 @@ def build_head(cfg: Training, needs: TeacherNeeds) -> Head:
 
 def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:
     """Read and tokenize the problems of a file as the config's data section says."""
-    problems: Sequence[Problem] = load_problems(path, suffix=BOXED_SUFFIX)[:limit]
+    problems: Sequence[Problem] = load_problems(path)[:limit]
     check_answers(get_grader(cfg.data.grader), problems, path)
     return encode_prompts(
         problems,

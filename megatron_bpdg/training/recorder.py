@@ -173,7 +173,7 @@ class Recorder:
             return
         for result in results:
             append_eval(self.cfg.output, result)
-            scores = {f"pass@{k}": result.pass_at(k) for k in self.cfg.evaluation.k}
+            scores = {f"pass@{k}": result.pass_at(k).value for k in self.cfg.evaluation.k}
             self.metrics.log(step, {f"eval/{result.benchmark}/{name}": score for name, score in scores.items()})
             self.progress.note(
                 f"step {step}  {result.benchmark}: "

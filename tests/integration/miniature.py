@@ -79,7 +79,8 @@ class Miniature:
 
 def make_miniature(root: Path) -> Miniature:
     miniature = Miniature(root)
-    tokenizer = make_arithmetic(miniature.task, seed=0, num_train=64, num_test=6, task=TASK)["tokenizer"]
+    make_arithmetic(miniature.task, seed=0, num_train=64, num_test=6, task=TASK)
+    tokenizer = miniature.task / "tokenizer"
     write_shape(miniature.shape.parent)
     write_model(miniature.student, miniature.shape, tokenizer, seed=0)
     write_model(miniature.teacher, miniature.shape, tokenizer, seed=1)

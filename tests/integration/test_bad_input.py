@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_bpdg.config.layout import Layout
-from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.qwen3 import ModelShape, check_layout
 from megatron_bpdg.parallel.world import world
@@ -49,7 +49,7 @@ def _other_vocabulary(miniature: Miniature, root: Path) -> Path:
 
 
 def _other_tokenizer(miniature: Miniature, root: Path) -> Path:
-    write_char_tokenizer(root / "reversed", "\n#=-+9876543210")
+    build_char_tokenizer("\n#=-+9876543210").save_pretrained(root / "reversed")
     return write_model(root / "other", miniature.shape, root / "reversed", seed=2)
 
 
@@ -100,7 +100,7 @@ def test_vocabularies_that_differ(config: Path, refused: Refuse, miniature: Mini
     message = refused("train", config, f"teacher.checkpoint={reversed_ids}")
     assert "student's and teacher's tokenizers disagree on" in message
 
-    write_char_tokenizer(tmp_path / "large", "0123456789+-=#\nabcdef")
+    build_char_tokenizer("0123456789+-=#\nabcdef").save_pretrained(tmp_path / "large")
     message = refused("train", config, f"student.tokenizer={tmp_path}/large")
     assert f"student.tokenizer has {VOCAB + 6} ids but the model only {VOCAB} rows" in message
 

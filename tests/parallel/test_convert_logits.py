@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_bpdg.checkpoint.convert import hf_to_megatron
+from megatron_bpdg.checkpoint.mapping import MappingError
 from megatron_bpdg.cli.app import app
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
-from megatron_bpdg.evaluation.logits import compare_logits
+from megatron_bpdg.evaluation.logits import verify_logits
 from tests.checkpoint_fixtures import save_tiny
 
 TEXT = "every block drifts by itself"
@@ -32,10 +34,14 @@ def model(path: Path, model_type: str, *, tied: bool) -> Path:
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe", "qwen2", "llama"])
 def test_converted_models_agree(tmp_path: Path, model_type: str, tied: bool) -> None:
     hf = model(tmp_path / "hf", model_type, tied=tied)
-    comparison = compare_logits(hf, hf_to_megatron(hf, tmp_path / "megatron"), TEXT)
-    assert comparison.equal, str(comparison)
-    assert comparison.num_tokens == comparison.same_argmax > 20
-    assert comparison.largest > 0.01, "logits near zero would agree whatever the model"
+    words = verify_logits(hf, hf_to_megatron(hf, tmp_path / "megatron"), TEXT)
+    found = re.fullmatch(
+        r"logits agree: largest .* logits up to (\S+) over (\d+) tokens; same first choice at (\d+)", words
+    )
+    assert found is not None, words
+    largest, num_tokens, same = found.groups()
+    assert int(num_tokens) == int(same) > 20
+    assert float(largest) > 0.01, "logits near zero would agree whatever the model"
 
 
 def test_command_agrees_and_disagrees(tmp_path: Path) -> None:
@@ -49,7 +55,7 @@ def test_command_agrees_and_disagrees(tmp_path: Path) -> None:
     config = json.loads((other / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 7.0
     (other / "config.json").write_text(json.dumps(config))
-    comparison = compare_logits(other, tmp_path / "megatron", TEXT)
-    assert not comparison.equal
+    with pytest.raises(MappingError, match="HF transformers and Megatron-Core disagree: largest difference"):
+        verify_logits(other, tmp_path / "megatron", TEXT)
     with pytest.raises(ValueError, match="the probe text '' has no tokens"):
-        compare_logits(hf, tmp_path / "megatron", "")
+        verify_logits(hf, tmp_path / "megatron", "")

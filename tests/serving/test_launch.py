@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from megatron_bpdg.data.arithmetic import ALPHABET
-from megatron_bpdg.data.char_tokenizer import write_char_tokenizer
+from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.serving.http.client import Server
 from megatron_bpdg.serving.http.ready import healthy, wait_until_ready
 from megatron_bpdg.serving.sglang.launch import server_command
@@ -152,7 +152,7 @@ def test_a_server_left_paused_by_a_trainer_that_died(student_server: Any) -> Non
 
 def test_doctor_names_another_tokenizer_and_vocabulary(student_server: Any, tmp_path: Path) -> None:
     write_shape(tmp_path, vocab_size=VOCAB + 8)
-    write_char_tokenizer(tmp_path, ALPHABET[::-1])
+    build_char_tokenizer(ALPHABET[::-1]).save_pretrained(tmp_path)
     done = bpdg("doctor", "--server", student_server.url, "--checkpoint", tmp_path)
     assert done.returncode == 1
     printed = " ".join(done.stdout.replace("│", " ").split())

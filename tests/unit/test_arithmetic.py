@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
-from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, final_answer, make_arithmetic, make_quickstart
+from megatron_bpdg.data.arithmetic import ALPHABET, ArithmeticTask, make_arithmetic
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.data.graders import grade_exact
 from megatron_bpdg.models.hf_config import read_hf_config
@@ -25,7 +25,7 @@ def test_known_trace() -> None:
 
 
 def test_traces_reexecute_and_follow_the_prompt() -> None:
-    task, rng = ArithmeticTask(), random.Random(1)
+    task, rng = ArithmeticTask(min_operands=4, max_operands=6, operand_digits=2), random.Random(1)
     lengths = set()
     for _ in range(500):
         prompt = task.sample_prompt(rng)
@@ -41,24 +41,12 @@ def test_traces_reexecute_and_follow_the_prompt() -> None:
         assert rebuilt + "=" == prompt
         assert last == f"#{eval(prompt[:-1]) % 100}"
         lengths.add(len(steps))
-        assert len(prompt) <= task.max_prompt_tokens
-        assert len(task.solve(prompt)) + 1 <= task.max_response_tokens
     assert lengths == {4, 5, 6}
 
 
-def test_token_limits_are_reached() -> None:
-    task = ArithmeticTask(min_operands=2, max_operands=2)
-    assert len("10+22+33=") == task.max_prompt_tokens
-    assert len(task.solve("10+22+33=")) + 1 == task.max_response_tokens
-
-
-def test_final_answer_is_what_follows_the_last_hash() -> None:
-    assert final_answer("#1\n#22") == "22"
-
-
 def test_dataset_files(tmp_path: Path) -> None:
-    paths = make_arithmetic(tmp_path, seed=3, num_train=300, num_test=50)
-    train, test, sft = (read(paths[name]) for name in ("train", "test", "sft"))
+    make_arithmetic(tmp_path, seed=3, num_train=300, num_test=50)
+    train, test, sft = (read(tmp_path / f"{name}.jsonl") for name in ("train", "test", "sft"))
     assert (len(train), len(test)) == (300, 50)
     prompts = [row["prompt"] for row in train + test]
     assert len(set(prompts)) == 350
@@ -66,6 +54,24 @@ def test_dataset_files(tmp_path: Path) -> None:
     assert [(row["id"], row["prompt"]) for row in sft] == [(row["id"], row["prompt"]) for row in train]
     assert all(grade_exact(row["response"], problem["answer"]) for row, problem in zip(sft, train))
     assert all(int(row["answer"]) == eval(row["prompt"][:-1]) % 100 for row in test)
+
+
+def test_every_second_trace_goes_on_from_a_slip(tmp_path: Path) -> None:
+    make_arithmetic(tmp_path, seed=3, num_train=30, num_test=5)
+    traces, recoveries = read(tmp_path / "sft.jsonl"), read(tmp_path / "sft_recovery.jsonl")
+    assert recoveries[::2] == traces[::2]
+    for trace, recovery in zip(traces[1::2], recoveries[1::2], strict=True):
+        assert recovery["id"] == f"{trace['id']}-slip"
+        *right, slip = recovery["prompt"].removeprefix(trace["prompt"]).splitlines()
+        assert trace["response"].startswith("".join(f"{line}\n" for line in right))
+        left, wrong = slip.split("=")
+        assert int(wrong) != eval(left) % 100
+        for line in recovery["response"].splitlines()[:-1]:
+            left, result = line.split("=")
+            assert left.startswith(wrong)
+            assert int(result) == eval(left) % 100
+            wrong = result
+        assert recovery["response"].endswith(f"#{wrong}")
 
 
 def test_same_seed_same_bytes_other_seed_other_prompts(tmp_path: Path) -> None:
@@ -80,8 +86,8 @@ def test_same_seed_same_bytes_other_seed_other_prompts(tmp_path: Path) -> None:
 def test_no_overlap_in_a_crowded_space(tmp_path: Path) -> None:
     task = ArithmeticTask(min_operands=1, max_operands=1, operand_digits=1, value_digits=1)
     assert task.num_prompts == 9 * 18
-    paths = make_arithmetic(tmp_path, seed=0, num_train=60, num_test=21, task=task)
-    rows = read(paths["train"]) + read(paths["test"])
+    make_arithmetic(tmp_path, seed=0, num_train=60, num_test=21, task=task)
+    rows = read(tmp_path / "train.jsonl") + read(tmp_path / "test.jsonl")
     assert len({row["prompt"] for row in rows}) == 81
     with pytest.raises(ValueError, match="exceeds half of the 162"):
         make_arithmetic(tmp_path, seed=0, num_train=60, num_test=22, task=task)
@@ -103,8 +109,8 @@ def test_bad_prompt(prompt: str) -> None:
 
 
 def test_tokenizer_round_trip_from_disk(tmp_path: Path) -> None:
-    tokenizer_dir = make_arithmetic(tmp_path, seed=0, num_train=20, num_test=5)["tokenizer"]
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    make_arithmetic(tmp_path, seed=0, num_train=20, num_test=5)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "tokenizer"), local_files_only=True)
     for row in read(tmp_path / "sft.jsonl"):
         for text in (row["prompt"], row["response"]):
             ids = tokenizer.encode(text)
@@ -134,7 +140,7 @@ def test_tokenizer_refuses_other_characters() -> None:
 
 @pytest.mark.parametrize(("model", "tied"), [("teacher", False), ("student", True)])
 def test_the_model_shapes_are_read_alike_by_us_and_transformers(tmp_path: Path, model: str, tied: bool) -> None:
-    make_quickstart(tmp_path, 0, 20, 5)
+    make_arithmetic(tmp_path, 0, 20, 5)
     ours = ModelShape.from_hf(read_hf_config(tmp_path / model))
     theirs = AutoConfig.from_pretrained(str(tmp_path / model))
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):

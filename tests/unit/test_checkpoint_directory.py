@@ -127,7 +127,7 @@ def test_doctor(work: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return {}, []
 
     monkeypatch.setattr(doctor, "_ask", ask)
-    assert doctor._diagnose_servers(Console(file=io.StringIO()), ["http://localhost:1"], work / form, None)
+    assert doctor._diagnose_servers(["http://localhost:1"], work / form, None)
     assert asked[0][1] == 98
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bpdg.evaluation.benchmark import EvalResult
-from megatron_bpdg.report.compare import before_and_after, comparison, difference, differing, judge, points
+from megatron_bpdg.report.compare import before_and_after, comparison, differing, judge
 from megatron_bpdg.report.facts import headline, run_facts
 from megatron_bpdg.report.run import Run
 
@@ -30,13 +30,13 @@ def test_pass_at_k_and_its_interval() -> None:
 def test_difference_is_paired_by_problem_id() -> None:
     before = record(0, [0, 1, 2, 3])
     shuffled = EvalResult("bench", 9, 4, ["p3", "p2", "p1", "p0"], [4, 3, 2, 1], 0.0, 10.0)
-    result = difference(before, shuffled, k=1)
+    result = comparison(before, shuffled, k=1).difference
     assert result is not None
     # Every problem gained exactly one of four: paired resampling sees no variance at all.
     assert (result.value, result.low, result.high) == pytest.approx((0.25, 0.25, 0.25))
     assert result.excludes_zero
-    assert difference(before, record(9, [1, 1, 1, 1], first_id=1), k=1) is None
-    assert difference(before, record(9, [1, 1, 1, 1], samples=8), k=1) is None
+    assert comparison(before, record(9, [1, 1, 1, 1], first_id=1), k=1).difference is None
+    assert comparison(before, record(9, [1, 1, 1, 1], samples=8), k=1).difference is None
 
 
 def test_before_and_after_use_first_and_last_step() -> None:
@@ -44,7 +44,7 @@ def test_before_and_after_use_first_and_last_step() -> None:
     rows = before_and_after(run)
     assert [(row.k, row.before.value, row.after.value) for row in rows] == [(1, 0.0, 1.0), (4, 0.0, 1.0)]
     assert rows[0].difference is not None
-    assert points(rows[0].difference) == "+100.0 [+100.0, +100.0]"
+    assert rows[0].difference.points == "+100.0 [+100.0, +100.0]"
     assert before_and_after(run_with([record(0, [1])])) == []
     assert run_with([record(0, [1])]).ks == [1, 4]
 

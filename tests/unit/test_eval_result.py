@@ -12,16 +12,25 @@ RESULT = EvalResult("aimé24", 10, 4, ["a", "b", "c"], [0, 1, 4], 0.25, 17.5)
 
 
 def test_pass_at() -> None:
-    assert RESULT.pass_at(1) == pytest.approx(5 / 12)
-    assert RESULT.pass_at(2) == 0.5
+    assert RESULT.pass_at(1).value == pytest.approx(5 / 12)
+    value, low, high = RESULT.pass_at(2)
+    assert value == 0.5
+    assert low < 0.5 < high
     with pytest.raises(ValueError, match="pass@5 of 4"):
         RESULT.pass_at(5)
 
 
-def test_json_round_trip() -> None:
-    assert "\n" not in RESULT.to_json()
-    assert json.loads(RESULT.to_json()) == asdict(RESULT)
-    assert EvalResult.from_json(RESULT.to_json()) == RESULT
+def read(run: Path, record: dict[str, Any]) -> list[EvalResult]:
+    (run / EVAL_FILE).write_text(json.dumps(record) + "\n")
+    return read_evals(run)
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    append_eval(tmp_path, RESULT)
+    (line,) = (tmp_path / EVAL_FILE).read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == asdict(RESULT)
+    assert "aimé24" in line
+    assert read(tmp_path, asdict(RESULT)) == [RESULT]
 
 
 @pytest.mark.parametrize(
@@ -44,17 +53,17 @@ def test_fields_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"step": "10"}, {"correct": [0, 1.5, 2]}, {"correct": 3}, {"extra": 1}])
-def test_json_that_does_not_fit(changes: dict[str, Any]) -> None:
+def test_json_that_does_not_fit(tmp_path: Path, changes: dict[str, Any]) -> None:
     (name,) = changes
     with pytest.raises(ValueError, match=name):
-        EvalResult.from_json(json.dumps({**asdict(RESULT), **changes}))
+        read(tmp_path, {**asdict(RESULT), **changes})
 
 
-def test_json_that_lacks_a_field() -> None:
+def test_json_that_lacks_a_field(tmp_path: Path) -> None:
     record = asdict(RESULT)
     del record["samples"]
     with pytest.raises(ValueError, match="samples"):
-        EvalResult.from_json(json.dumps(record))
+        read(tmp_path, record)
 
 
 def test_file_keeps_what_was_written(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ class Groupwise:
             teacher=teacher,
             tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(len(ids))),
             grader=lambda response, answer: response == answer,
-            prompts=Prompts([Problem(str(i), None, "", answer="2") for i in range(200)], [[1]] * 200),
+            prompts=Prompts([Problem(str(i), [], answer="2") for i in range(200)], [[1]] * 200),
         )
         self.source = RolloutSource(cast(Run, self.run))
         self.source.groups = cast(Any, SimpleNamespace(step=lambda engine, step: iter(groups)))

@@ -60,9 +60,6 @@ def test_cut_off_last_line_is_left_out_and_written_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "time": 1.0, "x": 1.0}\n{"step": 2, "ti')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
-    with MetricsLogger(tmp_path, tensorboard=False, wandb=None, config={}) as logger:
-        logger.log(2, {"x": 2.0})
-    assert [row["x"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
 
 
 def test_damaged_line_is_named(tmp_path: Path) -> None:
@@ -75,23 +72,19 @@ def test_damaged_line_is_named(tmp_path: Path) -> None:
         list(read_jsonl(path))
 
 
-def test_resume_drops_later_steps(tmp_path: Path) -> None:
+def test_drift_is_a_line_per_update(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, tensorboard=False, wandb=None, config={}) as logger:
-        for step in range(1, 6):
-            logger.log(step, {"x": float(step)})
-            logger.log_drift(step, 0, 0, [0.1, math.nan], [5, 0])
-    with MetricsLogger(tmp_path, tensorboard=False, wandb=None, config={}, resume_step=3) as logger:
-        logger.log(4, {"x": 40.0})
-    assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
-    drift = lines(tmp_path / "drift.jsonl")
-    assert [row["step"] for row in drift] == [1, 2, 3]
-    assert drift[0] == {
+        logger.log_drift(1, 0, 2, [0.1, math.nan], [5, 0])
+        logger.log_drift(1, 1, 2, [0.2], [5])
+    first, second = lines(tmp_path / "drift.jsonl")
+    assert first == {
         "step": 1,
         "update": 0,
-        "epoch": 0,
+        "epoch": 2,
         "abs_drift_by_block": [0.1, None],
         "tokens_by_block": [5, 0],
     }
+    assert second["update"] == 1
 
 
 def test_drift_lengths_must_agree(tmp_path: Path) -> None:
@@ -148,40 +141,39 @@ def test_wandb_gets_metrics_and_the_outcome(tmp_path: Path, monkeypatch: pytest.
     assert calls == [("init", ("project", "run")), ("log", (1, {"x": 1.0})), ("finish", 1)]
 
 
-def captured() -> tuple[Console, io.StringIO]:
-    stream = io.StringIO()
-    return Console(file=stream, force_terminal=False, width=200), stream
-
-
-def test_progress_prints_plain_lines_without_a_tty() -> None:
-    console, stream = captured()
-    with TrainingProgress(4, "demo", line_interval_s=3600, console=console) as progress:
+def test_progress_prints_plain_lines_without_a_tty(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingProgress(4, "demo") as progress:
+        progress.status("not yet time for a line")
         for step in range(1, 5):
             progress.update(step, {"loss": 0.12345})
-    first, last = stream.getvalue().splitlines()
+    first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("demo: step 1/4  ")
     assert last.startswith("demo: step 4/4  ")
     assert "ETA 0:00" in last
     assert last.endswith("loss 0.1235")
 
 
-def test_progress_rate_leaves_out_steps_before_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
-    console, stream = captured()
-    with TrainingProgress(110, "demo", start_step=90, console=console) as progress:
+def test_progress_measures_its_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingProgress(20, "demo") as progress:
         progress._started -= 20.0
-        progress.update(100)
-    assert "step 100/110  2.00 s/step  ETA 0:20" in stream.getvalue()
+        progress.status("10/16 responses")
+        progress._last_line -= 20.0
+        progress.update(10, {})
+    assert capsys.readouterr().err == "demo: 10/16 responses\ndemo: step 10/20  2.00 s/step  ETA 0:20\n"
 
 
-def test_progress_on_a_terminal_shows_the_bar() -> None:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=160)
-    with TrainingProgress(2, "demo", console=console) as progress:
+def test_progress_on_a_terminal_shows_the_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    with TrainingProgress(2, "demo") as progress:
         progress.update(1, {"gate": 0.9})
         progress.note("[1] literal")
-    assert "1/2" in stream.getvalue()
-    assert "gate 0.9" in stream.getvalue()
-    assert "[1] literal" in stream.getvalue()
+    shown = capsys.readouterr().err
+    assert "1/2" in shown
+    assert "gate 0.9" in shown
+    assert "[1] literal" in shown
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (125, "2:05"), (3723, "1:02:03")])
@@ -190,8 +182,8 @@ def test_format_seconds(seconds: float, text: str) -> None:
 
 
 def test_summary_table_has_a_column_per_key() -> None:
-    console, stream = captured()
+    console = Console(file=io.StringIO(), width=200)
     console.print(summary_table([{"metric": "pass@1", "before": 0.123456}, {"metric": "pass@8", "after": 2}], "Done"))
-    text = stream.getvalue()
+    text = console.file.getvalue()
     for part in ("Done", "metric", "before", "after", "pass@8", "0.1235"):
         assert part in text

@@ -55,11 +55,10 @@ def message_of(call: Callable[[], object]) -> str:
 
 def test_dapo_layout(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "dapo.parquet", [dapo_row("a"), dapo_row("b", "Other")])
-    first, second = load_problems(path, suffix=BOXED_SUFFIX)
+    first, second = load_problems(path)
     assert first.id == "math_dapo/a"
     assert first.messages == [{"role": "user", "content": DOUBLED}]
-    assert (first.text, first.answer) == (None, "2")
-    assert first.extra == {"data_source": "math_dapo", "ability": "MATH", "extra_info": {"index": "a"}}
+    assert first.answer == "2"
     assert second.messages == [{"role": "user", "content": "Other"}]
 
 
@@ -107,12 +106,11 @@ def test_jsonl_layouts(tmp_path: Path) -> None:
             {"id": "list", "prompt": [{"role": "user", "content": "U"}], "answer": "x"},
         ],
     )
-    bare, complete, talk, listed = load_problems(path, suffix=BOXED_SUFFIX)
-    assert bare == Problem("bare", None, f"1+1? {BOXED_SUFFIX}", "2", {"level": 5})
-    assert complete == Problem("7", None, "37+8=", "45")
+    bare, complete, talk, listed = load_problems(path)
+    assert bare == Problem("bare", [{"role": "user", "content": f"1+1? {BOXED_SUFFIX}"}], "2")
+    assert complete == Problem("7", [{"role": "user", "content": "37+8="}], "45")
     assert talk.messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     assert listed.messages == [{"role": "user", "content": "U"}]
-    assert load_problems(path)[0].text == "1+1?"
     assert BOXED_SUFFIX.endswith(r"within \boxed{}.")
 
 
@@ -165,11 +163,11 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
 
 
 def text_problem(text: str, name: str = "a") -> Problem:
-    return Problem(name, None, text, "1")
+    return Problem(name, [{"role": "user", "content": text}], "1")
 
 
 def chat_problem(*roles: str, name: str = "a") -> Problem:
-    return Problem(name, [{"role": role, "content": f"from {role}"} for role in roles], None, "1")
+    return Problem(name, [{"role": role, "content": f"from {role}"} for role in roles], "1")
 
 
 def test_rendering(tokenizer: Any) -> None:
