@@ -315,7 +315,9 @@ def write_fresh_checkpoint(config: Path, tokenizer: Path, target: Path, *, seed:
         target: new HF directory.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # seconds, and only needed here
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config, local_files_only=True), dtype=dtype)

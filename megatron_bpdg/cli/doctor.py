@@ -82,22 +82,24 @@ def _diagnose_installation() -> bool:
 
 def _diagnose_servers(servers: list[str], checkpoint: Path | None, api_key_env: str | None) -> bool:
     from megatron_bpdg.checkpoint.directory import hf_folder
+    from megatron_bpdg.data.end_tokens import end_ids
     from megatron_bpdg.models.hf_config import read_hf_config
     from megatron_bpdg.serving.http.client import api_key
 
     key = api_key(api_key_env, "--api-key-env")
-    tokenizer, vocab_size = None, None
+    tokenizer, vocab_size, ends = None, None, {}
     if checkpoint is not None:
         from transformers import AutoTokenizer
 
         folder = hf_folder(checkpoint)
         vocab_size = read_hf_config(folder)["vocab_size"]
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ends = {"responses end at": ", ".join(map(str, end_ids(folder, tokenizer, str(folder))))}
     healthy = True
     for url in servers:
         rows, problems = asyncio.run(_ask(url, key, tokenizer, vocab_size))
         table = Table("", "found", title=url, title_justify="left")
-        for name, value in rows.items():
+        for name, value in (rows | ends).items():
             table.add_row(name, escape(value))
         for problem in problems:
             table.add_row("[red]problem[/]", f"[red]{escape(problem)}[/]")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from megatron_bpdg.cli.common import console, quiet_libraries
-from megatron_bpdg.parallel.launch import launch
-
-if TYPE_CHECKING:
-    from megatron_bpdg.config.schema import RunConfig
+from megatron_bpdg.parallel.launch import launch, launched, stay_with_launcher
 
 
 def train(
@@ -22,7 +19,7 @@ def train(
         list[str] | None,
         typer.Argument(help="Changes to the config, e.g. `training.lr=1e-6 gate.partition.size=32 gate=null`."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Delete the run directory first if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete the files of an earlier run in the output.")] = False,
     check: Annotated[bool, typer.Option(help="Only validate the config and the paths it names.")] = False,
 ) -> None:
     """Train as a config says.
@@ -30,40 +27,30 @@ def train(
     Started as a plain command, it launches one process per rank of `layout` on this machine. Under torchrun
     (WORLD_SIZE is set) it is one of the ranks.
     """
+    if launched():
+        stay_with_launcher()
     from megatron_bpdg.config import check_paths, load_config
+    from megatron_bpdg.config.load import input_paths
+    from megatron_bpdg.tracking.run_directory import check_output, claimed
     from megatron_bpdg.training.fits import check_objective
     from megatron_bpdg.training.method import build_objective
 
     cfg = load_config(config, overrides or [])
     check_paths(cfg)
     check_objective(cfg, build_objective(cfg.objective))
+    inputs = {"the config file": config, "the working directory": Path.cwd(), **input_paths(cfg)}
+    leads = int(os.environ.get("RANK", "0")) == 0 and not launched()
+    if leads:
+        check_output(cfg.output, inputs, overwrite=overwrite)
     if check:
         console.print(f"{config}: valid; needs {cfg.layout.world_size} process(es)")
         return
-    if int(os.environ.get("RANK", "0")) == 0:
-        _clear_output(cfg, config, overwrite)
-    if "WORLD_SIZE" not in os.environ and cfg.layout.world_size > 1:
-        launch("megatron_bpdg.cli", ["train", str(config), *(overrides or [])], cfg.layout.world_size)
-        return
-    quiet_libraries()
-    from megatron_bpdg.training.loop import TRAINERS
+    with claimed(cfg.output) if leads else nullcontext():
+        if "WORLD_SIZE" not in os.environ and cfg.layout.world_size > 1:
+            arguments = ["train", str(config), *(overrides or []), *(["--overwrite"] if overwrite else [])]
+            launch("megatron_bpdg.cli", arguments, cfg.layout.world_size)
+            return
+        quiet_libraries()
+        from megatron_bpdg.training.loop import TRAINERS
 
-    TRAINERS[cfg.kind](cfg)
-
-
-def _clear_output(cfg: RunConfig, config: Path, overwrite: bool) -> None:
-    """Refuse an occupied run directory, or delete it if asked to and if it is nothing but an earlier run."""
-    from megatron_bpdg.config.load import input_paths
-
-    output = cfg.output
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: {output} is a file; choose a directory")
-    if output.exists() and any(output.iterdir()):
-        if not overwrite:
-            raise ValueError(f"output: {output} is not empty; choose another directory or pass --overwrite")
-        if not (output / "config.yaml").is_file() and not (output / "init").is_dir():
-            raise ValueError(f"output: {output} was not written by bpdg train; --overwrite does not delete it")
-        needed = {"the config file": config, "the working directory": Path.cwd(), **input_paths(cfg)}
-        if inside := [name for name, path in needed.items() if path.resolve().is_relative_to(output.resolve())]:
-            raise ValueError(f"--overwrite would delete {', '.join(inside)}, inside output: {output}")
-        shutil.rmtree(output)
+        TRAINERS[cfg.kind](cfg, overwrite=overwrite)

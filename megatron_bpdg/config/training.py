@@ -36,6 +36,12 @@ class Training(Section):
     old_logprobs: Literal["trainer", "rollout"] = Field(
         "trainer", description="who computes log pi_old: the trainer (recomputed) or the sampler (as recorded)"
     )
+    max_mismatch: float | None = Field(
+        None,
+        gt=0.0,
+        description="largest mismatch/abs_mean at step 1, in nats; above it sampler and trainer are not the same model "
+        "and the run stops; null: 1e-3 for student.dtype float32, 0.1 for bfloat16",
+    )
     recompute: bool = Field(False, description="recompute activations in the backward pass")
     head: Literal["auto", "materialised", "chunked", "fused"] = Field(
         "auto",

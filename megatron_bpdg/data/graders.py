@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_bpdg.config.data import GraderConfig
 from megatron_bpdg.config.user import UserClass
+from megatron_bpdg.data import math_answers
+from megatron_bpdg.data.prompts import Problem
+from megatron_bpdg.data.records import DataError
 
 Grader = Callable[[str, str], bool]
 
-# Seconds per parse and per comparison: an answer such as 9^{9^{9}} would keep sympy busy for good.
-_TIMEOUT_S = 5
+# An answer such as 9^{9^{9}} would keep sympy busy for good.
+_CPU_SECONDS = 5.0
+_SHOWN = 10
 
 
 def get_grader(config: GraderConfig) -> Grader:
@@ -40,25 +47,74 @@ def grader_named(name: str) -> Grader:
 
 
 def grade_math(response: str, answer: str) -> bool:
-    r"""Mathematical equality of the final answers, decided by the math-verify package.
+    r"""Mathematical equality of the final answers; see `math_answers`.
 
-    In the response the last ``\boxed{}`` counts, else what the package finds (the last formula or number). `answer` is
-    LaTeX, with or without ``\boxed{}``. Parsing and comparing stop after 5 s each and then count as wrong; the clock is
-    a signal, which only the main thread may set, so other threads have no such limit.
+    In the response the last ``\boxed{}`` counts, whatever the text around it says; where it is empty or was not
+    finished, the response is wrong. Without a box, what the math-verify package finds (the last formula or number).
+    `answer` is LaTeX, with or without ``\boxed{}``. Reading and comparing stop after 5 s of CPU time together, however
+    busy the machine is, and then count as wrong; the clock is a signal, which only the main thread may set, so other
+    threads have no such limit.
 
     Raises:
         ValueError: no expression can be read from `answer`.
     """
-    from math_verify import parse, verify
+    from math_verify import parse
 
-    timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
-    # Plain text is taken for prose; inside \boxed it is read as LaTeX. Boxes may be nested.
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=timeout)
+    gold = math_answers.read(_unboxed(answer))
     if not gold:
         raise ValueError(
             f"math_verify reads no expression from the answer {answer!r}: correct it or use another grader"
         )
-    return bool(verify(gold, parse(response, parsing_timeout=timeout), timeout_seconds=timeout))
+    boxed = math_answers.last_box(response)
+    try:
+        with _cpu_limit(_CPU_SECONDS):
+            given = (
+                parse(response, parsing_timeout=None) if boxed is None else math_answers.read(boxed) if boxed else []
+            )
+            return math_answers.equal(gold, given)
+    except _OutOfTime:
+        return False
+
+
+def check_answers(grader: Grader, problems: Sequence[Problem], path: Path) -> None:
+    """Raise DataError, naming the problems, where the grader could read nothing from their answers."""
+    if grader is not grade_math:
+        return
+    if bad := [problem for problem in problems if not math_answers.readable(_unboxed(problem.answer))]:
+        lines = "\n".join(f"  - {problem.id}: {problem.answer!r:.80}" for problem in bad[:_SHOWN])
+        more = f"\n  - ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise DataError(
+            f"{path}: {len(bad)} answer(s) from which math_verify reads no expression: correct them or use another "
+            f"grader (data.grader, --grader)\n{lines}{more}"
+        )
+
+
+def _unboxed(answer: str) -> str:
+    boxed = math_answers.last_box(answer)
+    return answer if boxed is None else boxed
+
+
+class _OutOfTime(BaseException):
+    """No Exception: math-verify catches those."""
+
+
+@contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise _OutOfTime inside once this process has computed for so long; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again, where a library catches even that
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def grade_exact(response: str, answer: str) -> bool:

@@ -117,18 +117,6 @@ def encode_prompts(
     return Prompts(kept, ids, dropped=len(problems) - len(kept), truncated=truncated)
 
 
-def special_ids(tokenizer: Any, owner: str) -> tuple[int, int]:
-    """(end-of-sequence id, padding id); a tokenizer without padding pads with end-of-sequence.
-
-    Raises:
-        ValueError: there is no end-of-sequence token; `owner` says whose tokenizer it is.
-    """
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if eos_id is None:
-        raise ValueError(f"{owner} has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    return eos_id, eos_id if pad_id is None else pad_id
-
-
 def load_sft(path: Path, tokenizer: Any, *, chat_template: bool = False) -> list[SupervisedExample]:
     """Read supervised examples: JSONL lines {id, prompt, response}.
 
@@ -140,7 +128,9 @@ def load_sft(path: Path, tokenizer: Any, *, chat_template: bool = False) -> list
     """
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: supervised examples are read from .jsonl only")
-    eos_id, _ = special_ids(tokenizer, "the tokenizer")
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token to learn; set eos_token in tokenizer_config.json")
 
     def parse(row: Row) -> tuple[str, SupervisedExample]:
         name, prompt, response = name_field(row, "id"), text_field(row, "prompt"), text_field(row, "response")

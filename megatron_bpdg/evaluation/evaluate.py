@@ -13,8 +13,9 @@ from megatron_bpdg.checkpoint.directory import hf_folder
 from megatron_bpdg.checkpoint.source import iter_checkpoint
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.config.rollout import Sampling
-from megatron_bpdg.data.graders import Grader
-from megatron_bpdg.data.prompts import Prompts, encode_prompts, load_problems, special_ids
+from megatron_bpdg.data.end_tokens import end_ids
+from megatron_bpdg.data.graders import Grader, check_answers
+from megatron_bpdg.data.prompts import Prompts, encode_prompts, load_problems
 from megatron_bpdg.data.sampler import Stream
 from megatron_bpdg.evaluation.benchmark import EvalResult
 from megatron_bpdg.models.hf_config import read_hf_config
@@ -90,7 +91,7 @@ def evaluate_checkpoint(
     folder = hf_folder(checkpoint)
     config = read_hf_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    eos_id, pad_id = special_ids(tokenizer, f"the tokenizer of {folder}")
+    ends = end_ids(folder, tokenizer, str(folder))
     longest = config.get("max_position_embeddings", 40_960) - sampling.max_new_tokens
     if longest < 1:
         raise ValueError(
@@ -100,10 +101,11 @@ def evaluate_checkpoint(
     dtype = getattr(torch, config["dtype"] or "float32")
     results = []
     with world(Layout(), seed):
-        engine = EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=batch_size, dtype=dtype)
+        engine = EmbeddedEngine(folder, end_ids=ends, batch_size=batch_size, dtype=dtype)
         engine.load_weights(iter_checkpoint(checkpoint), version=0, probe=None)
         for path in data:
             problems = load_problems(path)[:limit]
+            check_answers(grader, problems, path)
             prompts = encode_prompts(problems, tokenizer, chat_template=chat_template, max_prompt_tokens=longest)
             result = evaluate(
                 engine, path.stem, prompts, tokenizer, grader, sampling, samples=samples, step=0, seed=seed

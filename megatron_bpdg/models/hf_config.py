@@ -3,72 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_bpdg.models.families import FAMILIES
-from megatron_bpdg.models.rope import ROPE_SCALINGS
-
-_REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "rms_norm_eps",
-    "rope_theta",
+from megatron_bpdg.models.hf_fields import (
+    COUNTS,
+    FIXED,
+    MAPPED,
+    MAPPED_MOE,
+    NUMBERS,
+    REQUIRED,
+    REQUIRED_MOE,
+    ROPE_SECTIONS,
+    SWITCHES,
+    SYNONYMS,
+    WITHOUT_EFFECT,
 )
-_REQUIRED_MOE = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
-_MAPPED = {
-    *_REQUIRED,
-    "model_type",
-    "head_dim",
-    "rope_parameters",
-    "rope_scaling",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-    "dtype",
-    "torch_dtype",
-}
-_MAPPED_MOE = {*_REQUIRED_MOE, "num_local_experts", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
-# The only values for which HF's model is the one that Megatron-Core builds.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "attention_bias": (False, "Megatron-Core ties a bias of the output projection to biases everywhere"),
-    "mlp_bias": (False, "Megatron-Core ties a bias of the MLP to biases everywhere"),
-    "hidden_act": ("silu", "the gated MLP is built with silu"),
-    "attention_dropout": (0.0, "models are built without dropout"),
-    "pretraining_tp": (1, "slicing the matrices changes the arithmetic"),
-    "partial_rotary_factor": (1.0, "rotary embeddings cover the whole head"),
-    "chunk_size_feed_forward": (0, "the MLP is not chunked"),
-    "is_encoder_decoder": (False, "only decoders are converted"),
-    "use_sliding_window": (False, "sliding-window attention is not supported"),
-    "quantization_config": (None, "quantised checkpoints are not supported; use the bf16 or fp32 release"),
-}
-# Neither weights nor forward pass depend on these.
-_WITHOUT_EFFECT = {
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "id2label",
-    "label2id",
-    "initializer_range",
-    "layer_types",
-    "max_window_layers",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "problem_type",
-    "return_dict",
-    "router_aux_loss_coef",
-    "sliding_window",
-    "transformers_version",
-    "use_cache",
-}
+from megatron_bpdg.models.rope import ROPE_SCALINGS
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -86,7 +40,8 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: listing every missing field, every feature that is not supported and every unknown field.
+        ValueError: listing every field with a value of another kind; else every one that is given twice, and not the
+            same; else every missing field, every feature that is not supported and every unknown field.
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
@@ -98,7 +53,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds {type(config).__name__}, expected an object with the model's fields")
-    problems = _unsupported(config)
+    problems = _mistyped(config) or _given_twice(config) or _unsupported(config)
     if not problems:
         _normalise(config)
         problems = _missing(config)
@@ -122,6 +77,58 @@ def hf_config_of(folder: Path | None, where: Path) -> dict[str, Any]:
     return read_hf_config(folder)
 
 
+def _mistyped(config: Mapping[str, Any]) -> list[str]:
+    """Numbers as text, fractions of layers, sections that are none: what Python would compute with all the same."""
+    problems = []
+    sections = {name: config[name] for name in ROPE_SECTIONS if config.get(name) is not None}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            problems.append(f"{name} {_shown(section)} should be an object")
+    checks: tuple[tuple[set[str], Callable[[Any], bool], str], ...] = (
+        (COUNTS, lambda value: type(value) is int and value > 0, "a whole number above 0"),
+        (NUMBERS, lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
+        (SWITCHES, lambda value: isinstance(value, bool), "true or false"),
+        ({"model_type"}, lambda value: isinstance(value, str), "a text"),
+        (
+            {"mlp_only_layers", "layer_types", "architectures"},
+            lambda value: isinstance(value, list) and all(type(entry) in (int, str) for entry in value),
+            "a list",
+        ),
+    )
+    for place, fields in (("", config), *((f"{name}.", s) for name, s in sections.items() if isinstance(s, dict))):
+        for names, fits, words in checks:
+            for name in fields.keys() & names:
+                if fields[name] is not None and not fits(fields[name]):
+                    problems.append(f"{place}{name} {_shown(fields[name])} should be {words}")
+    return sorted(problems)
+
+
+def _given_twice(config: Mapping[str, Any]) -> list[str]:
+    """Spellings that contradict each other. Which of them counts depends on the version of transformers."""
+    problems = [
+        f"{one} {_shown(config[one])} and {other} {_shown(config[other])} are two names of one field: keep one"
+        for one, other in SYNONYMS
+        if config.get(one) is not None and config.get(other) is not None and config[one] != config[other]
+    ]
+    sections = {name: _rope_section(config, name) for name in ROPE_SECTIONS if config.get(name)}
+    for name, section in sections.items():
+        kinds = {config[name][key] for key in ("rope_type", "type") if config[name].get(key) is not None}
+        if len(kinds) > 1:
+            problems.append(f"{name} has two types, {' and '.join(map(_shown, sorted(kinds)))}: keep one")
+        problems += [
+            f"{field} {_shown(config[field])} and {name}.{field} {_shown(section[field])} differ: keep one"
+            for field in ("rope_theta", "original_max_position_embeddings")
+            if config.get(field) is not None and section.get(field) not in (None, config[field])
+        ]
+    if len(sections) == 2:
+        new, old = sections.values()
+        if differing := sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name)):
+            problems.append(
+                f"rope_parameters and rope_scaling differ in {', '.join(differing)}: keep one of the sections"
+            )
+    return problems
+
+
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("model_type")
     if kind not in FAMILIES:
@@ -131,15 +138,15 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         problems.append(f"architectures {architectures} is not supported (only {family.architecture!r})")
-    for name, (value, reason) in _FIXED.items():
+    for name, (value, reason) in FIXED.items():
         if (found := config.get(name)) is not None and found != value:
             problems.append(f"{name} {_shown(found)} is not supported, only {_shown(value)}: {reason}")
     if sliding := sorted({kind for kind in config.get("layer_types") or () if kind != "full_attention"}):
         problems.append(f"layer_types {', '.join(sliding)} are not supported (only full_attention)")
     problems += _rope_problems(config)
-    known = _MAPPED | _FIXED.keys() | _WITHOUT_EFFECT | (_MAPPED_MOE if family.moe else set())
-    # Private bookkeeping of transformers starts with "_"; what is off or empty cannot change the model.
-    unknown = [name for name, value in config.items() if name not in known and value and not name.startswith("_")]
+    known = MAPPED | FIXED.keys() | WITHOUT_EFFECT | (MAPPED_MOE if family.moe else set())
+    # Whatever its value: for a field that is not known, what looks off or empty may be what changes the model.
+    unknown = [name for name in config if name not in known]
     if unknown:
         problems.append(
             f"unknown field(s) {', '.join(unknown)}, which might change the model: remove what is known not to"
@@ -152,10 +159,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _rope_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Fields of a rotary section that are not null, its type under one name."""
+    section = {key: value for key, value in config[name].items() if value is not None}
+    kind = section.pop("type", "default")
+    return {"rope_type": kind, **section}
+
+
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary fields of either spelling together; `rope_parameters` (transformers 5) wins."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    return rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+    """The rotary section, in whichever spelling it is given."""
+    given = [name for name in ROPE_SECTIONS if config.get(name)]
+    return _rope_section(config, given[0]) if given else {"rope_type": "default"}
 
 
 def _rope_problems(config: Mapping[str, Any]) -> list[str]:
@@ -164,16 +178,13 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return [f"{spelling}.partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1"]
-    if kind == "default":
-        return []
-    if kind not in ROPE_SCALINGS:
+    if kind not in ("default", *ROPE_SCALINGS):
         return [f"{spelling} of type {kind!r} is not supported (only 'default', {', '.join(map(repr, ROPE_SCALINGS))})"]
-    known = ROPE_SCALINGS[kind].__dataclass_fields__.keys()
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = [name for name, value in rope.items() if value is not None and name not in known | common]
+    fields = ROPE_SCALINGS[kind].__dataclass_fields__.keys() if kind in ROPE_SCALINGS else set()
+    unknown = [name for name in rope if name not in fields | {"rope_type", "rope_theta", "partial_rotary_factor"}]
     problems = [f"{spelling}.{name} is not known for type {kind!r}" for name in unknown]
-    required = {"factor"} if kind == "yarn" else known
-    problems += [f"{spelling}.{name} is missing" for name in sorted(required) if rope.get(name) is None]
+    required = {"factor"} if kind == "yarn" else fields
+    problems += [f"{spelling}.{name} is missing" for name in sorted(required) if name not in rope]
     return problems
 
 
@@ -182,12 +193,13 @@ def _normalise(config: dict[str, Any]) -> None:
     rope = _rope(config)
     if config.get("rope_theta") is None:
         config["rope_theta"] = rope.get("rope_theta") or family.rope_theta
+    scaling = rope["rope_type"]
     config["rope_scaling"] = None
-    if (scaling := rope["rope_type"]) != "default":
+    if scaling != "default":
         config["rope_scaling"] = {
             "original_max_position_embeddings": config.get("original_max_position_embeddings")
             or config.get("max_position_embeddings"),
-            **{name: rope[name] for name in ROPE_SCALINGS[scaling].__dataclass_fields__ if rope.get(name) is not None},
+            **{name: rope[name] for name in ROPE_SCALINGS[scaling].__dataclass_fields__ if name in rope},
             "rope_type": scaling,
         }
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -206,7 +218,7 @@ def _normalise(config: dict[str, Any]) -> None:
 
 
 def _missing(config: Mapping[str, Any]) -> list[str]:
-    required = _REQUIRED + (_REQUIRED_MOE if FAMILIES[config["model_type"]].moe else ())
+    required = REQUIRED + (REQUIRED_MOE if FAMILIES[config["model_type"]].moe else ())
     problems = [f"{name} is missing" for name in required if config.get(name) is None]
     scaling = config["rope_scaling"]
     if scaling and scaling["original_max_position_embeddings"] is None:

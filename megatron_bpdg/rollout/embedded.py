@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from megatron_bpdg.config.rollout import Sampling
 from megatron_bpdg.parallel.platform import default_device
@@ -27,16 +27,18 @@ class EmbeddedEngine:
 
     Args:
         hf_config: directory with the student's config.json.
-        eos_id, pad_id: token ids.
+        end_ids: tokens that end a response, at least one.
         batch_size: sequences decoded at once.
         dtype: of the sampler's weights.
     """
 
-    def __init__(self, hf_config: Path, *, eos_id: int, pad_id: int, batch_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, hf_config: Path, *, end_ids: Sequence[int], batch_size: int, dtype: torch.dtype) -> None:
         config = AutoConfig.from_pretrained(hf_config, local_files_only=True)
         with torch.device(default_device()):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        self.eos_id, self.pad_id, self.batch_size = eos_id, pad_id, batch_size
+        # What a config.json says of sampling (a repetition penalty, say) would come before our own choice of tokens.
+        self.model.generation_config = GenerationConfig()
+        self.end_ids, self.batch_size = list(end_ids), batch_size
         self.version = -1
         self.retries = 0
 
@@ -77,7 +79,7 @@ class EmbeddedEngine:
             return []
         device = self.model.device
         width = max(len(request.prompt_ids) for request in requests)
-        input_ids_BS = torch.full((len(requests), width), self.pad_id, dtype=torch.int64)
+        input_ids_BS = torch.full((len(requests), width), self.end_ids[0], dtype=torch.int64)
         mask_BS = torch.zeros_like(input_ids_BS)
         for row, request in enumerate(requests):
             input_ids_BS[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
@@ -88,18 +90,18 @@ class EmbeddedEngine:
             attention_mask=mask_BS.to(device),
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self.eos_id,
-            pad_token_id=self.pad_id,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.end_ids[0],
             logits_processor=LogitsProcessorList([sampler]),
         )[:, width:].cpu()
         logprobs_BT = torch.stack(sampler.logprobs, dim=1).cpu()
         return [self._cut(ids_T.tolist(), logprobs_T) for ids_T, logprobs_T in zip(ids_BT, logprobs_BT)]
 
     def _cut(self, ids: list[int], logprobs_T: Tensor) -> Response:
-        finished = self.eos_id in ids
-        length = ids.index(self.eos_id) + 1 if finished else len(ids)
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        length = len(ids) if end is None else end + 1
         version_R = torch.full((length,), self.version, dtype=torch.int32)
-        return Response(ids[:length], logprobs_T[:length].clone(), finished, version_R)
+        return Response(ids[:length], logprobs_T[:length].clone(), end is not None, version_R)
 
 
 @dataclass

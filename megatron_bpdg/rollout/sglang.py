@@ -44,6 +44,7 @@ class SGLangEngine:
         sync_urls: the engines that get the weights; other than the servers' only where those are routers.
         mesh: where this rank stands; one rank of each data-parallel replica talks for it.
         vocab_size: ids outside it are refused before they reach a server, which they would kill.
+        end_ids: tokens that end a response. A server knows those of its own files, which may lack some.
         api_key: bearer token, or None.
     """
 
@@ -55,9 +56,10 @@ class SGLangEngine:
         sync_urls: Sequence[str] | None,
         mesh: Mesh,
         vocab_size: int,
+        end_ids: Sequence[int] = (),
         api_key: str | None = None,
     ) -> None:
-        self.servers, self.sync = servers, sync
+        self.servers, self.sync, self.end_ids = servers, sync, list(end_ids)
         self.mesh, self.vocab_size = mesh, vocab_size
         self.sync_urls = [url.rstrip("/") for url in sync_urls or servers.urls]
         self.version = -1
@@ -221,6 +223,7 @@ class SGLangEngine:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_new_tokens": left,
+                "stop_token_ids": self.end_ids,
                 # Heard only by servers in deterministic mode.
                 "sampling_seed": job.request.seed % 2**31,
                 "skip_special_tokens": False,

@@ -15,20 +15,21 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from megatron_bpdg.checkpoint.directory import hf_folder
+from megatron_bpdg.checkpoint.files import staged_directory
 from megatron_bpdg.checkpoint.hf import write_fresh_checkpoint
 from megatron_bpdg.checkpoint.live import load_weights
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.config.teacher import Teacher as TeacherConfig
 from megatron_bpdg.config.training import Training
 from megatron_bpdg.config.weights import GateConfig
-from megatron_bpdg.data.graders import get_grader
+from megatron_bpdg.data.end_tokens import end_ids
+from megatron_bpdg.data.graders import check_answers, get_grader
 from megatron_bpdg.data.prompts import (
     Problem,
     Prompts,
     encode_prompts,
     load_problems,
     load_sft,
-    special_ids,
 )
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.models.hf_config import read_hf_config
@@ -37,7 +38,7 @@ from megatron_bpdg.models.qwen3 import DTYPES, ModelShape, build_model
 from megatron_bpdg.objectives.objective import TeacherNeeds
 from megatron_bpdg.parallel.head import Head
 from megatron_bpdg.parallel.platform import default_device
-from megatron_bpdg.parallel.together import wait_together
+from megatron_bpdg.parallel.together import on_first, wait_together
 from megatron_bpdg.rollout.embedded import EmbeddedEngine
 from megatron_bpdg.rollout.engine import RolloutEngine
 from megatron_bpdg.rollout.sglang import SGLangEngine
@@ -88,6 +89,12 @@ def build_run(cfg: RunConfig) -> Run:
         run.teacher_hf_config = read_hf_config(teacher_folder)
         teacher_shape = ModelShape.from_hf(run.teacher_hf_config)
         check_same_vocabulary(run.student.shape, run.tokenizer, teacher_shape, teacher_folder)
+        ends, teachers = (end_ids(f, run.tokenizer, f.name) for f in (run.hf_folder, teacher_folder))
+        if ends != teachers:
+            run.warnings.append(
+                f"the student's responses end at the ids {_listed(ends)}, the teacher's at {_listed(teachers)} "
+                "(eos_token_id of config.json and generation_config.json): one goes on where the other has ended"
+            )
         if needs.top_k > teacher_shape.vocab_size:
             raise ValueError(f"objective.top_k = {needs.top_k} exceeds the vocabulary of {teacher_shape.vocab_size}")
         run._teacher = build_teacher(cfg, needs, run.student, run.tokenizer, source, teacher_shape)
@@ -199,6 +206,7 @@ def build_head(cfg: Training, needs: TeacherNeeds) -> Head:
 def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None = None) -> Prompts:
     """Read and tokenize the problems of a file as the config's data section says."""
     problems: Sequence[Problem] = load_problems(path)[:limit]
+    check_answers(get_grader(cfg.data.grader), problems, path)
     return encode_prompts(
         problems,
         tokenizer,
@@ -207,6 +215,10 @@ def load_prompts(cfg: RunConfig, path: Path, tokenizer: Any, limit: int | None =
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         overlong=cfg.data.overlong_prompts,
     )
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))
 
 
 def _folder(checkpoint: Path, field_name: str) -> Path:
@@ -220,12 +232,11 @@ def _folder(checkpoint: Path, field_name: str) -> Path:
 def _fresh_checkpoint(cfg: RunConfig) -> Path:
     """Seeded weights for `student.init`, written once as an HF checkpoint that every rank then loads its part of."""
     assert cfg.student.init is not None
+    config, tokenizer, dtype = cfg.student.init, cfg.student.tokenizer, DTYPES[cfg.student.dtype]
+    assert tokenizer is not None
     folder = cfg.output / "init"
-    assert cfg.student.tokenizer is not None
-    if dist.get_rank() == 0:
-        dtype = DTYPES[cfg.student.dtype]
-        write_fresh_checkpoint(cfg.student.init, cfg.student.tokenizer, folder, seed=cfg.seed, dtype=dtype)
-    dist.barrier()
+    with staged_directory(folder, overwrite=True) as building:
+        on_first(lambda: write_fresh_checkpoint(config, tokenizer, building, seed=cfg.seed, dtype=dtype))
     return folder
 
 
@@ -310,10 +321,10 @@ def build_teacher(
 
 def build_engine(cfg: RunConfig, folder: Path, student: MegatronPolicy, tokenizer: Any) -> RolloutEngine:
     """The rollout engine that the config names."""
+    ends = end_ids(folder, tokenizer, "student")
     if cfg.rollout.engine == "embedded":
-        eos_id, pad_id = special_ids(tokenizer, "student.tokenizer")
         dtype = DTYPES[cfg.student.dtype]
-        return EmbeddedEngine(folder, eos_id=eos_id, pad_id=pad_id, batch_size=cfg.rollout.batch_size, dtype=dtype)
+        return EmbeddedEngine(folder, end_ids=ends, batch_size=cfg.rollout.batch_size, dtype=dtype)
     assert cfg.rollout.servers is not None
     key = api_key(cfg.rollout.servers.api_key_env, "rollout.servers.api_key_env")
     return SGLangEngine(
@@ -322,5 +333,6 @@ def build_engine(cfg: RunConfig, folder: Path, student: MegatronPolicy, tokenize
         sync_urls=cfg.rollout.weight_sync.urls,
         mesh=student.mesh,
         vocab_size=student.shape.vocab_size,
+        end_ids=ends,
         api_key=key,
     )

@@ -21,8 +21,11 @@ from megatron_bpdg.training.recorder import Recorder
 from megatron_bpdg.training.source import RolloutSource
 
 
-def distill(cfg: RunConfig) -> None:
+def distill(cfg: RunConfig, *, overwrite: bool = False) -> None:
     """On-policy distillation as the config says. Every rank of the layout calls this.
+
+    Args:
+        overwrite: delete an earlier run in `cfg.output` once everything else was right.
 
     Raises:
         ValueError: where config, checkpoints and data do not fit together.
@@ -30,7 +33,7 @@ def distill(cfg: RunConfig) -> None:
     """
     with deterministic(cfg.training.deterministic), world(cfg.layout, cfg.seed):
         run = build_run(cfg)
-        with closing(run), Recorder(cfg, run) as recorder:
+        with closing(run), Recorder(cfg, run, overwrite=overwrite) as recorder:
             source = RolloutSource(run)
             run.sync_weights(version=0)
             recorder.evaluations(0, run.evaluate(step=0))
@@ -53,23 +56,26 @@ def distill(cfg: RunConfig) -> None:
 
                 with clock("update"), run.saving_on_failure(step):
                     reports = [(update.epoch, run.update(update.micro_batches)) for update in updates]
+                mismatch = run.behaviour.mismatch(reports[0][1])
+                if step == 1:
+                    run.check_mismatch(mismatch)
                 with clock("sync"):
                     run.sync_weights(version=step)
 
                 last = step == cfg.training.steps
                 with clock("eval"):
                     results = run.evaluate(step) if last or due(step, cfg.evaluation.every) else []
-                recorder.step(step, batch, reports, run.behaviour.mismatch(reports[0][1]), clock.seconds)
+                recorder.step(step, batch, reports, mismatch, clock.seconds)
                 recorder.evaluations(step, results)
                 if last or due(step, cfg.training.save_every):
                     run.save(step)
 
 
-def fine_tune(cfg: RunConfig) -> None:
+def fine_tune(cfg: RunConfig, *, overwrite: bool = False) -> None:
     """Supervised training on given responses (kind: sft): the same step with the negative log-likelihood."""
     with deterministic(cfg.training.deterministic), world(cfg.layout, cfg.seed):
         run, examples = build_supervised(cfg)
-        with closing(run), Recorder(cfg, run) as recorder:
+        with closing(run), Recorder(cfg, run, overwrite=overwrite) as recorder:
             order = PromptSampler(len(examples), cfg.training.batch_size, cfg.seed)
             for step in range(1, cfg.training.steps + 1):
                 clock = Clock()
@@ -108,4 +114,4 @@ class Clock:
         return {**self.phases, "step": time.perf_counter() - self.start}
 
 
-TRAINERS: dict[str, Callable[[RunConfig], None]] = {"opd": distill, "sft": fine_tune}
+TRAINERS: dict[str, Callable[..., None]] = {"opd": distill, "sft": fine_tune}

@@ -18,6 +18,7 @@ from megatron_bpdg.config.load import dump_config
 from megatron_bpdg.config.schema import RunConfig
 from megatron_bpdg.data.trajectory import Trajectory
 from megatron_bpdg.evaluation.benchmark import EvalResult, append_eval
+from megatron_bpdg.tracking import run_directory
 from megatron_bpdg.tracking.files import write_text
 from megatron_bpdg.tracking.metrics import MetricsLogger
 from megatron_bpdg.tracking.progress import TrainingProgress
@@ -31,17 +32,21 @@ _SAME_NATS = 1e-4
 
 
 class Recorder:
-    """Context manager; every rank has one, only rank 0 writes. All methods may be called on all ranks."""
+    """Context manager; every rank has one, only rank 0 writes. All methods may be called on all ranks.
 
-    def __init__(self, cfg: RunConfig, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+    Args:
+        overwrite: delete an earlier run in the same directory, now that everything else was right.
+    """
+
+    def __init__(self, cfg: RunConfig, run: Run, *, overwrite: bool = False) -> None:
+        self.cfg, self.run, self.overwrite = cfg, run, overwrite
         self.writes = dist.get_rank() == 0
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
         if self.writes:
             output = self.cfg.output
-            output.mkdir(parents=True, exist_ok=True)
+            run_directory.start(output, overwrite=self.overwrite)
             write_text(output / "config.yaml", dump_config(self.cfg))
             self.metrics = self._exits.enter_context(
                 MetricsLogger(
@@ -53,6 +58,8 @@ class Recorder:
             self.metrics.log(0, {f"model/{role}_parameters": number for role, number in parameters.items()})
             self.samples = self._exits.enter_context((output / "samples.jsonl").open("a"))
             self.progress = self._exits.enter_context(TrainingProgress(self.cfg.training.steps, output.name))
+            for text in self.run.warnings:
+                self.progress.note(f"warning: {text}")
             for name, prompts in {"train": self.run.prompts, **self.run.benchmarks}.items():
                 if prompts.dropped or prompts.truncated:
                     self.progress.note(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,14 @@ from megatron_bpdg.teacher.teacher import Teacher
 from megatron_bpdg.training.behaviour import Behaviour
 from megatron_bpdg.training.step import NonFiniteError, StepReport, Updater
 
-# The text by which a sampler's copy of the weights is checked, and how far right answers to it may be apart (nats).
+# Length of the text by which a sampler's copy of the weights is checked.
 PROBE_TOKENS = 64
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# How far sampler and trainer may be apart on the same weights, by rounding alone (nats on a token, on average).
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+class MismatchError(RuntimeError):
+    """The sampler's log-probs are not the trainer's: training on them would go wrong in silence."""
 
 
 @dataclass
@@ -52,6 +57,8 @@ class Run:
     engine: RolloutEngine
     prompts: Prompts = field(default_factory=Prompts)
     benchmarks: dict[str, Prompts] = field(default_factory=dict)
+    # What the user should know, though the run goes on.
+    warnings: list[str] = field(default_factory=list)
     teacher_hf_config: dict[str, Any] | None = None
     _teacher: Teacher | None = None
 
@@ -75,8 +82,22 @@ class Run:
         probe = None
         if self.cfg.rollout.engine == "sglang":
             tolerance = self.cfg.rollout.weight_sync.probe_tolerance
-            probe = make_probe(self.student, tolerance or PROBE_TOLERANCE[self.cfg.student.dtype])
+            probe = make_probe(self.student, tolerance or ROUNDING[self.cfg.student.dtype])
         self.engine.load_weights(LiveWeights([self.module], self.hf_config, self.hf_folder), version, probe)
+
+    def check_mismatch(self, mismatch: Mapping[str, float]) -> None:
+        """Raise MismatchError where sampler and trainer differ by more than rounding; see `Behaviour.mismatch`."""
+        apart = mismatch.get("mismatch/abs_mean", 0.0)
+        allowed = self.cfg.training.max_mismatch or ROUNDING[self.cfg.student.dtype]
+        if not apart <= allowed:
+            raise MismatchError(
+                f"sampler and trainer are {apart:.3g} nats a token apart on the same weights (mismatch/abs_mean at "
+                f"step 1), allowed {allowed:g} (training.max_mismatch): they are not the same model. Likely causes: "
+                "fields of config.json, the rotary ones above all, that the two read differently; another dtype or a "
+                "quantised model on the server; a router in front of servers of other models. `bpdg convert "
+                "--verify-logits TEXT` compares HF's model with the trainer's, `bpdg doctor --server URL` says what a "
+                "server serves"
+            )
 
     def close(self) -> None:
         """Let go of servers."""

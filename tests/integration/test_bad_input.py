@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_bpdg import cli
 from megatron_bpdg.config.layout import Layout
 from megatron_bpdg.data.char_tokenizer import build_char_tokenizer
 from megatron_bpdg.data.trajectory import Trajectory
@@ -23,9 +21,10 @@ from megatron_bpdg.rollout.engine import Response
 from megatron_bpdg.training.build import build_run
 from megatron_bpdg.training.loop import distill
 from megatron_bpdg.training.plan import Update, plan_updates
-from megatron_bpdg.training.run import Run
+from megatron_bpdg.training.run import MismatchError, Run
 from megatron_bpdg.training.source import RolloutSource
 from megatron_bpdg.training.step import NonFiniteError
+from tests.integration.conftest import Refuse
 from tests.integration.miniature import (
     POSITIONS,
     VOCAB,
@@ -37,27 +36,6 @@ from tests.integration.miniature import (
     write_shape,
 )
 from tests.integration.test_runs import bpdg
-
-Refuse = Callable[..., str]
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Run `bpdg` in this process; the one message it prints as it fails."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["bpdg", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        assert ending.value.code not in (0, None)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        assert captured.err.startswith("error: ")
-        assert "\nerror: " not in captured.err
-        return captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -175,28 +153,6 @@ def test_supervised_examples_longer_than_the_model(refused: Refuse, miniature: M
     )
     message = refused("train", path)
     assert f"example 'long' has {POSITIONS + 5} tokens but the student only {POSITIONS} positions" in message
-
-
-def test_an_output_that_is_in_use(
-    config: Path, refused: Refuse, miniature: Miniature, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = config.parent / "run"
-    output.mkdir()
-    precious = output / "metrics.jsonl"
-    precious.write_text("{}\n")
-    assert "is not empty; choose another directory or pass --overwrite" in refused("train", config)
-    assert "was not written by bpdg train; --overwrite does not delete it" in refused("train", config, "--overwrite")
-    (output / "config.yaml").write_text("")
-    inside = shutil.copytree(miniature.student, output / "student")
-    message = refused("train", config, f"student.checkpoint={inside}", "--overwrite")
-    assert "--overwrite would delete student.checkpoint, inside output" in message
-    assert precious.exists()
-    # Under torchrun as well: two runs must not write into one file.
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
-    assert "is not empty" in refused("train", config)
-    assert precious.read_text() == "{}\n"
-    assert "is a file; choose a directory" in refused("train", config, f"output={precious}")
 
 
 def test_world_size_and_layout(
@@ -355,6 +311,26 @@ def test_a_sampler_that_claims_the_impossible(
     monkeypatch.setattr(EmbeddedEngine, "decode", decode)
     with pytest.raises(ValueError, match=r"sample 1: the sampler's log-prob of response token 0 is -inf; a sampled"):
         distill(miniature.config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("old_logprobs", ["trainer", "rollout"])
+def test_a_sampler_of_another_model(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_logprobs: str
+) -> None:
+    """Whatever the cause, log-probs that are not the trainer's stop the run at step 1, before anything is saved."""
+    honest = EmbeddedEngine.decode
+
+    def decode(self: EmbeddedEngine, *arguments: Any) -> list[Response]:
+        return [replace(response, logprobs=response.logprobs - 0.002) for response in honest(self, *arguments)]
+
+    monkeypatch.setattr(EmbeddedEngine, "decode", decode)
+    training = {"old_logprobs": old_logprobs, "steps": 1}
+    with pytest.raises(MismatchError, match=r"0\.002 nats a token apart .* allowed 0\.001 \(training\.max_mismatch\)"):
+        distill(miniature.config(tmp_path / "stopped", {"training": training}))
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+    distill(miniature.config(tmp_path / "allowed", {"training": {**training, "max_mismatch": 0.0021}}))
+    (record,) = metrics(tmp_path / "allowed")
+    assert record["mismatch/abs_mean"] == pytest.approx(0.002, rel=1e-2)
 
 
 def test_responses_that_are_all_empty(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ class World:
             "teacher": {"checkpoint": str(self.root / "teacher")},
             "data": {"train": str(self.root / "problems.jsonl"), "grader": "operator:eq"},
             "gate": {"tau": 1.0, "partition": {"name": "fixed", "size": 2}},
-            "training": {"steps": 1, "micro_batch_size": 1},
+            "training": {"steps": 1, "micro_batch_size": 1, "max_mismatch": 1.0},
         }
         return self.miniature.config(self.root / "run", base, *layers)
 

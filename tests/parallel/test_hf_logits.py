@@ -119,7 +119,7 @@ def _generate(checkpoint: Path, batch_sizes: list[int], sampling: Sampling) -> d
         policy = _policy(checkpoint)
         config = read_hf_config(checkpoint)
         for batch_size in batch_sizes:
-            engine = EmbeddedEngine(checkpoint, eos_id=EOS, pad_id=0, batch_size=batch_size, dtype=torch.float32)
+            engine = EmbeddedEngine(checkpoint, end_ids=[EOS], batch_size=batch_size, dtype=torch.float32)
             with pytest.raises(RuntimeError, match="before load_weights"):
                 generate(engine, requests, sampling)
             engine.load_weights(iter_hf_weights([policy.module], config), version=4)
@@ -169,7 +169,7 @@ def test_the_embedded_engine_samples_from_the_model(tmp_path: Path, tied: bool, 
 
 def _load_wrong_weights(checkpoint: Path) -> str:
     with world(Layout(), seed=0):
-        engine = EmbeddedEngine(checkpoint, eos_id=EOS, pad_id=0, batch_size=4, dtype=torch.float32)
+        engine = EmbeddedEngine(checkpoint, end_ids=[EOS], batch_size=4, dtype=torch.float32)
         weights = dict(iter_hf_weights([_policy(checkpoint).module], read_hf_config(checkpoint)))
         del weights["model.norm.weight"]
         with pytest.raises(ValueError, match="weight update") as caught:

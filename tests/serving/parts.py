@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +46,14 @@ class Trainer:
     weights: LiveWeights
     output: Path
 
-    def engine(self, servers: Servers, **sync: Any) -> SGLangEngine:
+    def engine(self, servers: Servers, end_ids: Sequence[int] = (), **sync: Any) -> SGLangEngine:
         return SGLangEngine(
             servers,
             build_weight_sync(WeightSync(**sync), self.output),
             sync_urls=None,
             mesh=self.policy.mesh,
             vocab_size=self.policy.shape.vocab_size,
+            end_ids=end_ids,
         )
 
     def probe(self) -> Probe:

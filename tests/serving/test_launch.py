@@ -123,7 +123,7 @@ def test_doctor_on_servers(miniature: Miniature, student_server: Any) -> None:
     done = bpdg("doctor", "--server", student_server.url, "--checkpoint", miniature.student)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = (student_server.url, "0.5.23", str(miniature.student)[:20], "float32", "the checkpoint's")
-    for part in (*parts, "57 tokens of prompt and response"):
+    for part in (*parts, "57 tokens of prompt and response", "responses end at"):
         assert part in done.stdout
     away = bpdg("doctor", "--server", "http://127.0.0.1:9")
     assert away.returncode == 1

@@ -58,6 +58,19 @@ def test_sampled_logprobs_are_the_full_distributions(
         assert bool((before_RV.gather(1, rank_R[:, None])[:, 0] < sampling.top_p + 1e-5).all())
 
 
+def test_responses_end_where_the_trainer_says(miniature: Miniature, student_server: Any, tmp_path: Path) -> None:
+    """At every id that it names, also at those of which the server's own files know nothing."""
+    with trainer(miniature.student, tmp_path) as student:
+        engine = student.engine(patience(student_server.url), end_ids=[1, 5, 7])
+        student.send(engine, version=1)
+        responses = generate(engine, requests(6), Sampling(max_new_tokens=24))
+        engine.close()
+    for response in responses:
+        assert not {1, 5, 7} & set(response.ids[:-1])
+        assert response.finished == (response.ids[-1] in (1, 5, 7))
+    assert {response.ids[-1] for response in responses if response.finished} >= {5, 7}
+
+
 def test_interrupted_responses_go_on_where_they_were(miniature: Miniature, student_server: Any, tmp_path: Path) -> None:
     sampling = Sampling(max_new_tokens=48)
     with trainer(miniature.student, tmp_path) as student:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import socket
@@ -18,12 +17,12 @@ from typing import ClassVar, Self
 
 import psutil
 
+from megatron_bpdg.parallel.launch import end_with_parent
 from megatron_bpdg.serving.http.client import Server
 
 _TAIL_LINES = 20
 _POLL_S = 0.5
 _REPORT_S = 15.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class RunningServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent if threading.current_thread() is threading.main_thread() else None,
+                preexec_fn=_term_with_parent if threading.current_thread() is threading.main_thread() else None,
             )
         try:
             asyncio.run(self._wait_until_healthy())
@@ -243,9 +242,5 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_libc = ctypes.CDLL(None)
-
-
-def _end_with_parent() -> None:
-    """In the new process: have the kernel end it when the thread that started it is gone."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _term_with_parent() -> None:
+    end_with_parent(signal.SIGTERM)
