@@ -147,7 +147,7 @@ def test_math_counts_computing_not_waiting(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unreadable_answers_are_named_when_data_is_loaded(tmp_path: Path) -> None:
-    problems = [Problem(f"p{i}", None, "?", answer) for i, answer in enumerate(["7", "}", r"\boxed{\frac12}", ""])]
+    problems = [Problem(f"p{i}", [], answer) for i, answer in enumerate(["7", "}", r"\boxed{\frac12}", ""])]
     with pytest.raises(DataError, match=r"2 answer\(s\) from which math_verify reads no expression.*\n  - p1: '}'\n"):
         check_answers(graders.grade_math, problems, tmp_path)
     check_answers(graders.grade_exact, problems, tmp_path)
