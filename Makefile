@@ -40,7 +40,7 @@ quickstart-sglang: setup sglang
 	$(BIN)/bpdg report $(RUN)/opd_sglang --compare $(RUN)/opd
 
 # Groups and their order are those of tests/conftest.py; xdist's own order would go by how many tests a group has.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup sglang
 	$(PYTEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # Before torch is imported, and inherited by the ranks that tests spawn: ranks with several spinning OpenMP threads
 # each slow one another down by an order of magnitude.
@@ -11,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
@@ -29,14 +31,22 @@ def pytest_configure(config: pytest.Config) -> None:
 _LONG_FIRST = ("serving", "parallel", "integration", "unit")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class FilesTogether(LoadScopeScheduling):  # type: ignore[misc]
+    """A file stays on one worker, which makes its fixtures once; all files that share the servers stay together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "serving" if "/serving/" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {folder: place for place, folder in enumerate(_LONG_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
-    for item in items:
-        # A file stays on one worker, which makes its fixtures once; all that share the servers stay together.
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "serving" else f"{folder}/{item.path.name}"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -337,6 +337,7 @@ def test_convert_both_ways(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_the_config_a_run_leaves_behind_starts_the_same_run(runs: Runs) -> None:
-    result = CliRunner().invoke(app, ["train", "--check", str(runs.opd / "config.yaml")])
+    again = f"output={runs.opd.with_name('again')}"
+    result = CliRunner().invoke(app, ["train", "--check", str(runs.opd / "config.yaml"), again])
     assert result.exit_code == 0, result.output
     assert "minibatches: 3" in (runs.opd / "config.yaml").read_text()
