@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from megatron_bpdg.data.records import (
 # Note that DAPO-Math-17k as published already ends its prompts with this sentence, with doubled braces: \boxed{{}}.
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
 _CONTENT_FIELDS = ("problem", "prompt", "messages")
+# What other programs put into the prompt from beside the messages; here it would get lost.
+_NOT_RENDERED = ("tools", "functions", "documents", "system", "system_prompt", "instruction", "input", "images")
+# Around a message's number in a trial rendering: private characters, which no template writes by itself.
+_MARK, _MARK_END = "\ue000", "\ue001"
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ def _json_problem(row: Row) -> tuple[str, Problem]:
     given = [key for key in _CONTENT_FIELDS if key in row]
     if len(given) != 1:
         raise FieldError(f"should have one of {', '.join(_CONTENT_FIELDS)}; has {' and '.join(given) or 'none'}")
+    if lost := [other for other in _NOT_RENDERED if row.get(other)]:
+        raise FieldError(f"{', '.join(lost)} would not reach the prompt: put the text into the messages, or remove it")
     (key,) = given
     if key == "messages" or isinstance(row[key], list):
         return name, Problem(name, _messages(row[key], key), answer)
@@ -172,6 +179,11 @@ def _messages(value: object, name: str) -> list[dict[str, str]]:
         owner = f"{name}[{index}]"
         if not isinstance(message, dict):
             raise FieldError(f"{owner} should be a record {{role, content}}")
+        if lost := [key for key, entry in message.items() if entry and key not in ("role", "content")]:
+            raise FieldError(f"{owner}.{lost[0]} would not reach the prompt: put it into the content, or remove it")
+        if message.get("role") == "system" and message.get("content") == "":
+            messages.append({"role": "system", "content": ""})
+            continue
         messages.append({key: text_field(message, key, f"{owner}.") for key in ("role", "content")})
     if messages[-1]["role"] == "assistant":
         raise FieldError(f"{name} ends with the assistant's message; the response should come after the user's")
@@ -184,19 +196,43 @@ def _encode(problem: Problem, tokenizer: Any, chat_template: bool, enable_thinki
             raise DataError(
                 "the tokenizer has no chat template: set data.chat_template to false, or give a tokenizer that has one"
             )
-        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        try:
-            text = tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True, **switch)
-        except Exception as error:  # templates may raise anything
-            raise DataError(f"problem {problem.id!r}: the chat template refuses it ({error})") from error
-    elif [message["role"] for message in problem.messages] == ["user"]:
-        text = problem.messages[0]["content"]
-    else:
+        return _encode_chat(problem, tokenizer, {} if enable_thinking is None else {"enable_thinking": enable_thinking})
+    if [message["role"] for message in problem.messages] != ["user"]:
         raise DataError(
             f"problem {problem.id!r} is a conversation, which data.chat_template = false cannot render; "
             "set it to true or give plain prompts"
         )
-    return _tokenize(text, tokenizer, problem.id)
+    return _tokenize(problem.messages[0]["content"], tokenizer, problem.id)
+
+
+def _encode_chat(problem: Problem, tokenizer: Any, switch: dict[str, bool]) -> list[int]:
+    def render(contents: Sequence[str]) -> str:
+        messages = [{**message, "content": text} for message, text in zip(problem.messages, contents)]
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch))
+        except Exception as error:  # templates may raise anything
+            raise DataError(f"problem {problem.id!r}: the chat template refuses it ({error})") from error
+
+    contents = [message["content"] for message in problem.messages]
+    marked = render([f"{_MARK}{place}{_MARK_END}" for place in range(len(contents))])
+    for place, message in enumerate(problem.messages):
+        if contents[place] and marked.count(f"{_MARK}{place}{_MARK_END}") != 1:
+            raise DataError(
+                f"problem {problem.id!r}: message {place}, of role {message['role']!r}, would not reach the prompt: "
+                "the chat template does not render such a role there; use the roles that it knows"
+            )
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in text for token in special for text in contents):
+        return _tokenize(render(contents), tokenizer, problem.id)
+    # A text that holds "<|im_end|>" must not end the user's turn: control tokens come from the template alone.
+    ids: list[int] = []
+    for part in re.split(f"({_MARK}\\d+{_MARK_END})", marked):
+        if part.startswith(_MARK):
+            text = contents[int(part[1:-1])]
+            ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+        elif part:
+            ids += _tokenize(part, tokenizer, problem.id)
+    return ids
 
 
 def _tokenize(text: str, tokenizer: Any, name: str) -> list[int]:

@@ -99,11 +99,24 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | FieldError]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_each_key_once)
+            except FieldError as error:
+                yield f"line {number}", error
+                continue
             except ValueError as error:
                 yield f"line {number}", FieldError(f"not JSON ({error})")
                 continue
             yield f"line {number}", row if isinstance(row, dict) else FieldError("should be a JSON object")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> Row:
+    """Of a key that is given twice, JSON readers keep the last one without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in row if names.count(name) > 1)
+        raise FieldError(f"key {twice!r} is given twice; keep one")
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | FieldError]]:
