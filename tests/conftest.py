@@ -12,7 +12,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import pytest
 import torch
-from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
@@ -31,16 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
 _LONG_FIRST = ("serving", "parallel", "integration", "unit")
 
 
-class FilesTogether(LoadScopeScheduling):  # type: ignore[misc]
-    """A file stays on one worker, which makes its fixtures once; all files that share the servers stay together."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "serving" if "/serving/" in file else file
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays on one worker, which makes its fixtures once; all files that share the servers stay together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesTogether(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "serving" if "/serving/" in file else file
+
     return FilesTogether(config, log)
 
 
